@@ -1,0 +1,148 @@
+"""One attention function over packed tokens, and the kernels it may run on.
+
+Crops of different sizes go through the encoder in one pass: their tokens are laid one after another on a single axis of
+length T. `groups` says how: a sequence of (batch, tokens) pairs, each `batch` sequences of `tokens` tokens. A token only
+attends to tokens of its own sequence.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+BACKENDS = ("sdpa", "varlen", "xformers")
+"""`sdpa`: torch's scaled dot product attention, once per group; any device and dtype.
+`varlen`: `torch.nn.attention.varlen`, all groups in one kernel; CUDA, half precision.
+`xformers`: memory-efficient attention with a block-diagonal mask, all groups in one kernel; needs the optional package."""
+
+_PACKED_PREFERENCE = ("varlen", "xformers")
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+Groups = Sequence[tuple[int, int]]
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Groups, *, backend: str = "auto"
+) -> torch.Tensor:
+    """Softmax attention within every sequence of a packed batch: softmax(q k^T / sqrt(head_dim)) v.
+
+    q, k, v: (T, heads, head_dim), T = sum of batch * tokens over `groups`. Returns (T, heads, head_dim).
+    `backend`: one of `BACKENDS`, or "auto" (see `choose_backend`). Raises ValueError when the groups do not add up to T or
+    the backend cannot run on this device and dtype.
+    """
+    total = sum(batch * tokens for batch, tokens in groups)
+    if total != q.shape[0]:
+        raise ValueError(f"attention: groups {list(groups)} hold {total} tokens, but q has {q.shape[0]}")
+    if backend == "auto":
+        backend = choose_backend(q.device, q.dtype, num_groups=len(groups))
+    if backend == "sdpa":
+        return _sdpa(q, k, v, groups)
+    _require(backend, q.device, q.dtype)
+    return _KERNELS[backend](q, k, v, groups)
+
+
+def choose_backend(device: torch.device | str, dtype: torch.dtype, *, num_groups: int) -> str:
+    """The backend that "auto" runs: for half precision on CUDA with crops of several sizes the first of varlen and xformers
+    that works, because one kernel then serves all of them; otherwise sdpa (for one size it is the same flash kernel)."""
+    device = torch.device(device)
+    if device.type == "cuda" and dtype in _HALF_DTYPES and num_groups > 1:
+        for name in _PACKED_PREFERENCE:
+            if not _probe(name, device):
+                return name
+    return "sdpa"
+
+
+def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """The names in `BACKENDS` that work on `device`: each has run a tiny forward and backward there (once per process)."""
+    return tuple(name for name in BACKENDS if not _probe(name, torch.device(device)))
+
+
+def explain(device: torch.device | str = "cpu") -> str:
+    """One line per backend, saying whether it works on `device` and if not why; then what "auto" would use."""
+    device = torch.device(device)
+    lines = [f"attention on {device}:"]
+    for name in BACKENDS:
+        reason = _probe(name, device)
+        lines.append(f"  {name}: {'no (' + reason + ')' if reason else 'works'}")
+    half = choose_backend(device, torch.bfloat16, num_groups=2)
+    full = choose_backend(device, torch.float32, num_groups=2)
+    lines.append(f"  auto uses: {half} in bfloat16, {full} in float32 (crops of several sizes)")
+    return "\n".join(lines)
+
+
+def _require(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
+    reason = _probe(backend, device)
+    if reason:
+        raise ValueError(f"attention backend {backend!r} does not work on {device}: {reason}; use 'auto' or 'sdpa'")
+    if backend == "varlen" and dtype not in _HALF_DTYPES:
+        raise ValueError(f"attention backend 'varlen' needs bfloat16 or float16, found {dtype}; use 'auto' or 'sdpa'")
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Groups) -> torch.Tensor:
+    sizes = [batch * tokens for batch, tokens in groups]
+    outputs = []
+    for group, *parts in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        heads_first = (part.unflatten(0, group).transpose(1, 2) for part in parts)
+        outputs.append(F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Groups) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts = _sequence_starts(tuple(groups), q.device)
+    longest = max(tokens for _, tokens in groups)
+    output: torch.Tensor = varlen_attn(q, k, v, starts, starts, longest, longest)
+    return output
+
+
+def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Groups) -> torch.Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    bias = _block_diagonal(tuple(groups), q.device)
+    output: torch.Tensor = memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
+    return output
+
+
+_KERNELS = {"sdpa": _sdpa, "varlen": _varlen, "xformers": _xformers}
+
+
+@functools.lru_cache(maxsize=32)
+def _sequence_starts(groups: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    """(sequences + 1,) int32: where every sequence begins, and the end of the last. Every block asks again, so kept."""
+    # Tensors made under inference_mode cannot be saved for a later backward, and this one outlives the call.
+    with torch.inference_mode(False):
+        lengths = [tokens for batch, tokens in groups for _ in range(batch)]
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return starts.to(device)
+
+
+@functools.lru_cache(maxsize=32)
+def _block_diagonal(groups: tuple[tuple[int, int], ...], device: torch.device) -> object:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    with torch.inference_mode(False):
+        return BlockDiagonalMask.from_seqlens([tokens for batch, tokens in groups for _ in range(batch)], device=device)
+
+
+@functools.cache
+def _probe(backend: str, device: torch.device) -> str:
+    """ "" when `backend` ran a forward and a backward on `device`, else the reason in one line."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    groups = ((2, 8), (1, 16))
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            q, k, v = (torch.ones(32, 1, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+            output = _KERNELS[backend](q, k, v, groups)
+            output.sum().backward()
+            if not torch.allclose(output.float(), torch.ones_like(output, dtype=torch.float32)):
+                return "it ran, but its output was wrong"
+    except Exception as error:  # a kernel may fail in any way its package likes; the reason is reported, not swallowed
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        return f"{type(error).__name__}: {first_line[:160]}"
+    return ""

@@ -1,0 +1,75 @@
+"""Splits by subject: what is tested on is never trained on, however many scans a subject has."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+
+def split_subjects(
+    subjects: Iterable[str], *, test_fraction: float, seed: int, strata: Mapping[str, str] | None = None
+) -> tuple[list[str], list[str]]:
+    """Train and test subjects, each sorted; disjoint by construction.
+
+    Args:
+        subjects: subject keys; repeats (several scans of one subject) count once.
+        test_fraction: share of the subjects that goes to the test side, in (0, 1); at least one subject lands on
+            each side.
+        seed: the split is a function of the set of subjects, the strata and the seed.
+        strata: subject -> group; every group is divided in the same proportion, as far as whole subjects allow.
+
+    Raises:
+        ValueError: fewer than two subjects, a fraction outside (0, 1), or a subject without a stratum.
+    """
+    unique = sorted(set(subjects))
+    if len(unique) < 2:
+        raise ValueError(f"found {len(unique)} subject(s); a split needs at least two")
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction: found {test_fraction}; expected a share between 0 and 1")
+    groups: dict[str, list[str]] = defaultdict(list)
+    for subject in unique:
+        if strata is not None and subject not in strata:
+            raise ValueError(f"subject {subject!r} has no stratum; give one for every subject, or none at all")
+        groups[strata[subject] if strata is not None else ""].append(subject)
+
+    rng = np.random.default_rng(seed)
+    shuffled = [[group[i] for i in rng.permutation(len(group))] for _, group in sorted(groups.items())]
+    # Interleave the groups by their relative position; any prefix then holds every group in proportion.
+    order = sorted(
+        ((position + 0.5) / len(group), number, subject)
+        for number, group in enumerate(shuffled)
+        for position, subject in enumerate(group)
+    )
+    num_test = min(max(round(test_fraction * len(unique)), 1), len(unique) - 1)
+    test = sorted(subject for _, _, subject in order[:num_test])
+    train = sorted(subject for _, _, subject in order[num_test:])
+    return train, test
+
+
+def nested_subsets(subjects: Iterable[str], ratios: Sequence[float], *, seed: int) -> dict[float, list[str]]:
+    """For each label ratio the subjects to train on: prefixes of one permutation, so that a smaller set lies in
+    every larger one.
+
+    Sizes are rounded to the nearest whole subject, never below one.
+    """
+    unique = sorted(set(subjects))
+    if not unique:
+        raise ValueError("found no subjects; expected at least one")
+    bad = [ratio for ratio in ratios if not 0 < ratio <= 1]
+    if bad:
+        raise ValueError(f"ratios: found {bad}; expected shares above 0 and up to 1")
+    order = [unique[i] for i in np.random.default_rng(seed).permutation(len(unique))]
+    return {ratio: sorted(order[: max(1, round(ratio * len(order)))]) for ratio in ratios}
+
+
+def check_disjoint(train: Iterable[str], test: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: a subject is on both sides; names up to ten of them.
+    """
+    overlap = sorted(set(train) & set(test))
+    if overlap:
+        shown = ", ".join(overlap[:10]) + (" ..." if len(overlap) > 10 else "")
+        raise ValueError(
+            f"{len(overlap)} subject(s) on both sides of the split: {shown}; split by subject, not by scan"
+        )

@@ -1,0 +1,433 @@
+"""A compact vision transformer (ViT-S/B/L/16 and a tiny one) with the parameter names of official DINOv3 weights.
+
+Patch embedding, CLS and storage tokens, rotary position encoding (RoPE) on the patch tokens, pre-norm blocks with LayerScale.
+Crops of different sizes run through the blocks in one pass, packed on one token axis (see `braindino.attention`).
+Paper sec. 4.2: ViT-B/16, RoPE, 4 storage tokens, 16-pixel patches, one grey channel replicated to three.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from braindino.attention import BACKENDS, attention, choose_backend
+
+if TYPE_CHECKING:
+    from braindino.weights import InputContract
+
+INPUT_CHANNELS = 3
+INIT_STD = 0.02
+
+
+class Tokens(NamedTuple):
+    """What the encoder makes of a batch of B images with D features per token."""
+
+    cls: torch.Tensor
+    """(B, D) class token."""
+    storage: torch.Tensor
+    """(B, S, D) storage tokens (called registers elsewhere)."""
+    patches: torch.Tensor
+    """(B, N, D) patch tokens, row-major over the (H / 16, W / 16) grid."""
+
+
+class VisionTransformer(nn.Module):
+    """The encoder. `encoder(x)` gives `Tokens`; see `forward`, `forward_crops` and `intermediate`.
+
+    Heads, depth and width as named; `layer_scale_init` is the start of every LayerScale gamma; `drop_path` is the fraction of
+    images that every residual branch skips in training, the same for all blocks; `attention` is a backend of
+    `braindino.attention` or "auto". Parameters start as DINOv3's do, drawn from torch's global generator; call
+    `initialize(generator)` for a draw of one's own.
+    """
+
+    name: str = ""
+    """Where the weights come from; set by `braindino.load_encoder`."""
+    sha256: str = ""
+    """Hash of the weights as loaded; set by `braindino.load_encoder`."""
+    contract: "InputContract | None" = None
+    """What the weights expect of their input; set by `braindino.load_encoder`."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int = 16,
+        num_storage_tokens: int = 4,
+        mlp_ratio: int = 4,
+        layer_scale_init: float = 1e-5,
+        layer_norm_eps: float = 1e-6,
+        qkv_bias: bool = False,
+        rope_base: float = 100.0,
+        drop_path: float = 0.0,
+        attention: str = "auto",
+    ) -> None:
+        super().__init__()
+        if embed_dim % (4 * num_heads):
+            raise ValueError(
+                f"embed_dim {embed_dim} must be a multiple of 4 x num_heads ({num_heads}): RoPE turns quarters"
+            )
+        if not 0.0 <= drop_path < 1.0:
+            raise ValueError(f"drop_path must lie in [0, 1), found {drop_path}")
+        if attention != "auto" and attention not in BACKENDS:
+            raise ValueError(f"attention must be one of auto, {', '.join(BACKENDS)}; found {attention!r}")
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.patch_size = patch_size
+        self.num_storage_tokens = num_storage_tokens
+        self.drop_path = drop_path
+        self.attention = attention
+        self._architecture: dict[str, Any] = {
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "patch_size": patch_size,
+            "num_storage_tokens": num_storage_tokens,
+            "mlp_ratio": mlp_ratio,
+            "layer_scale_init": layer_scale_init,
+            "layer_norm_eps": layer_norm_eps,
+            "qkv_bias": qkv_bias,
+            "rope_base": rope_base,
+        }
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.storage_tokens = nn.Parameter(torch.empty(1, num_storage_tokens, embed_dim))
+        self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
+        self.patch_embed = PatchEmbedding(embed_dim, patch_size)
+        self.rope_embed = RotaryEmbedding(embed_dim // num_heads, rope_base)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, layer_norm_eps, qkv_bias) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps)
+        self.initialize()
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The constructor values that decide parameters and features: `VisionTransformer(**encoder.architecture)` is the
+        same network. How it is run (drop_path, attention) is left out."""
+        return dict(self._architecture)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters anew: linear weights from a normal of std 0.02 cut at +-2, their biases 0; patch embedding
+        uniform within 1 / sqrt(fan in); CLS and storage tokens normal, std 0.02; mask token 0; LayerNorm 1 and 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=INIT_STD, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, self._architecture["layer_scale_init"])
+        projection = self.patch_embed.proj
+        bound = 1.0 / math.sqrt(projection.weight[0].numel())
+        nn.init.uniform_(projection.weight, -bound, bound, generator=generator)
+        assert projection.bias is not None
+        nn.init.uniform_(projection.bias, -bound, bound, generator=generator)
+        nn.init.normal_(self.cls_token, std=INIT_STD, generator=generator)
+        nn.init.normal_(self.storage_tokens, std=INIT_STD, generator=generator)
+        nn.init.zeros_(self.mask_token)
+
+    def forward(self, x: torch.Tensor) -> Tokens:
+        """Tokens after the final norm. x: (B, 1, H, W) or (B, 3, H, W), H and W multiples of the patch size; one channel
+        counts as three equal ones."""
+        return self.forward_crops([x])[0]
+
+    def forward_crops(
+        self,
+        crops: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor | None] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[Tokens]:
+        """Tokens after the final norm for every batch in `crops`, all sizes in one packed pass.
+
+        crops: (B, 1 or 3, H, W) each, B and size of their own. masks: for each batch (B, N) bool or None; where true, the
+        patch is replaced by the mask token. `generator` draws the images that drop path skips (training mode only).
+        """
+        packed, groups = self._encode(crops, masks, generator, blocks={self.depth - 1})
+        return self._unpack(self.norm(packed[self.depth - 1]), groups)
+
+    def intermediate(self, x: torch.Tensor, blocks: Sequence[int] = (2, 5, 8, 11), norm: bool = True) -> list[Tokens]:
+        """Tokens after each of `blocks` (counted from 0), in the order asked for; `norm` applies the final norm to each."""
+        outside = [index for index in blocks if not 0 <= index < self.depth]
+        if outside:
+            raise ValueError(f"blocks {outside} do not exist: this encoder has blocks 0 to {self.depth - 1}")
+        packed, groups = self._encode([x], None, None, blocks=set(blocks))
+        return [self._unpack(self.norm(packed[i]) if norm else packed[i], groups)[0] for i in blocks]
+
+    def _encode(
+        self,
+        crops: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor | None] | None,
+        generator: torch.Generator | None,
+        blocks: Collection[int],
+    ) -> tuple[dict[int, torch.Tensor], list[tuple[int, int]]]:
+        """The packed tokens (T, D) after each of `blocks`, and the groups (batch, tokens) they are laid in."""
+        if masks is not None and len(masks) != len(crops):
+            raise ValueError(f"{len(crops)} batches of crops but {len(masks)} masks; give None where there is no mask")
+        embedded = [self._embed(crop, masks[i] if masks else None) for i, crop in enumerate(crops)]
+        groups = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
+        x = torch.cat([tokens.flatten(0, 1) for tokens in embedded])
+        prefix = 1 + self.num_storage_tokens
+        p = self.patch_size
+        tables = [self.rope_embed(crop.shape[-2] // p, crop.shape[-1] // p, prefix) for crop in crops]
+        # Autocast turns q, k, v to half precision inside the blocks, so the kernel is chosen for that dtype.
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        backend = self.attention
+        if backend == "auto":
+            backend = choose_backend(x.device, dtype, num_groups=len(groups))
+
+        subsets: list[_Subset | None] = [None] * (2 * self.depth)
+        attended = groups
+        if self.training and self.drop_path > 0:
+            attended = [(_num_kept(batch, self.drop_path), tokens) for batch, tokens in groups]
+            subsets = _draw_subsets(groups, attended, 2 * self.depth, x.device, generator)
+        packing = _Packing(attended, _pack_rope(tables, attended), backend)
+
+        wanted = {}
+        for index, block in enumerate(self.blocks[: max(blocks, default=-1) + 1]):
+            x = block(x, packing, subsets[2 * index], subsets[2 * index + 1])
+            if index in blocks:
+                wanted[index] = x
+        return wanted, groups
+
+    def _embed(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, 1 + S + N, D): CLS, storage and patch tokens before the first block."""
+        if x.ndim != 4 or x.shape[1] not in (1, INPUT_CHANNELS):
+            raise ValueError(f"the encoder takes (B, 1, H, W) or (B, 3, H, W), found shape {tuple(x.shape)}")
+        batch, _, height, width = x.shape
+        if min(height, width) < self.patch_size or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"image height and width must be multiples of the patch size {self.patch_size}, found {height} x {width}; "
+                "crop, pad or resize the image first"
+            )
+        patches = self.patch_embed(x)
+        if mask is not None:
+            if mask.shape != patches.shape[:2] or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"a mask must be bool of shape {tuple(patches.shape[:2])} (images, patches), "
+                    f"found {mask.dtype} of shape {tuple(mask.shape)}"
+                )
+            patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+        cls, storage = self.cls_token.expand(batch, -1, -1), self.storage_tokens.expand(batch, -1, -1)
+        return torch.cat([cls, storage, patches], dim=1)
+
+    def _unpack(self, packed: torch.Tensor, groups: Sequence[tuple[int, int]]) -> list[Tokens]:
+        parts = packed.split([batch * tokens for batch, tokens in groups])
+        sequences = [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
+        first_patch = 1 + self.num_storage_tokens
+        return [Tokens(x[:, 0], x[:, 1:first_patch], x[:, first_patch:]) for x in sequences]
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping patches, each mapped linearly to D features."""
+
+    def __init__(self, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(INPUT_CHANNELS, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, N, D). For one channel the weights are summed over channels: the same linear map as on three
+        equal channels, at a third of the input."""
+        weight = self.proj.weight
+        if x.shape[1] == 1:
+            weight = weight.sum(dim=1, keepdim=True)
+        return F.conv2d(x, weight, self.proj.bias, stride=self.proj.stride).flatten(2).transpose(1, 2)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary position encoding over the patch grid: angle = 2 pi coordinate / period, where rows and columns each run over
+    [-1, 1] at patch centres and the periods are base^(4 i / head_dim), i < head_dim / 4, for rows and again for columns."""
+
+    periods: torch.Tensor
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        super().__init__()
+        periods = base ** (2.0 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 2))
+        self.register_buffer("periods", periods)
+        self._tables: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def forward(self, rows: int, columns: int, num_prefix: int) -> torch.Tensor:
+        """(2, num_prefix + rows * columns, head_dim): cosines and sines; the prefix tokens are not turned (1 and 0)."""
+        key = (rows, columns, num_prefix)
+        if key not in self._tables:
+            # The table is kept; one made under inference_mode could not take part in a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                self._tables[key] = _rope_table(self.periods.clone(), rows, columns, num_prefix)
+        return self._tables[key]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RotaryEmbedding":
+        kept = self.periods
+        super()._apply(fn, recurse)
+        # Rounding the periods to half precision moves features by 1e-2, so a half-precision encoder keeps them whole.
+        if self.periods.dtype in (torch.float16, torch.bfloat16):
+            self.periods = kept.to(self.periods.device)
+        self._tables = {}
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._tables = {}
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x)))."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: int, layer_norm_eps: float, qkv_bias: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=layer_norm_eps)
+        self.attn = SelfAttention(embed_dim, num_heads, qkv_bias)
+        self.ls1 = LayerScale(embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=layer_norm_eps)
+        self.mlp = Mlp(embed_dim, mlp_ratio * embed_dim)
+        self.ls2 = LayerScale(embed_dim)
+
+    def forward(
+        self, x: torch.Tensor, packing: "_Packing", attn_subset: "_Subset | None", mlp_subset: "_Subset | None"
+    ) -> torch.Tensor:
+        """(T, D) -> (T, D). A subset restricts its branch to some images; `packing` describes what attention then sees."""
+        x = _add_branch(x, lambda rows: self.ls1(self.attn(self.norm1(rows), packing)), attn_subset)
+        return _add_branch(x, lambda rows: self.ls2(self.mlp(self.norm2(rows))), mlp_subset)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with rotary position encoding."""
+
+    def __init__(self, embed_dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: torch.Tensor, packing: "_Packing") -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
+        q, k = _rotate(q, packing.rope), _rotate(k, packing.rope)
+        return self.proj(attention(q, k, v, packing.groups, backend=packing.backend).flatten(1))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per feature."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(embed_dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
+def vit_tiny(**overrides: Any) -> VisionTransformer:
+    """192 features, 12 blocks, 3 heads: for tests and demonstrations."""
+    return VisionTransformer(**{"embed_dim": 192, "depth": 12, "num_heads": 3, **overrides})
+
+
+def vit_small(**overrides: Any) -> VisionTransformer:
+    """384 features, 12 blocks, 6 heads."""
+    return VisionTransformer(**{"embed_dim": 384, "depth": 12, "num_heads": 6, **overrides})
+
+
+def vit_base(**overrides: Any) -> VisionTransformer:
+    """768 features, 12 blocks, 12 heads: the encoder of the paper (sec. 4.2)."""
+    return VisionTransformer(**{"embed_dim": 768, "depth": 12, "num_heads": 12, **overrides})
+
+
+def vit_large(**overrides: Any) -> VisionTransformer:
+    """1024 features, 24 blocks, 16 heads."""
+    return VisionTransformer(**{"embed_dim": 1024, "depth": 24, "num_heads": 16, **overrides})
+
+
+ARCHITECTURES: dict[str, Callable[..., VisionTransformer]] = {
+    "vit_tiny": vit_tiny,
+    "vit_small": vit_small,
+    "vit_base": vit_base,
+    "vit_large": vit_large,
+}
+
+
+class _Packing(NamedTuple):
+    """How the tokens that attention sees are laid out."""
+
+    groups: list[tuple[int, int]]
+    rope: torch.Tensor  # (2, T, 1, head_dim)
+    backend: str
+
+
+class _Subset(NamedTuple):
+    """The tokens that a residual branch is computed for."""
+
+    rows: torch.Tensor  # (T_kept,) positions on the packed axis
+    scale: torch.Tensor  # (T_kept, 1) batch / kept, which keeps the branch's mean over draws
+
+
+def _num_kept(batch: int, drop_path: float) -> int:
+    return max(int(batch * (1.0 - drop_path)), 1)
+
+
+def _draw_subsets(
+    groups: Sequence[tuple[int, int]],
+    kept_groups: Sequence[tuple[int, int]],
+    num_branches: int,
+    device: torch.device,
+    generator: torch.Generator | None,
+) -> list[_Subset | None]:
+    """For each residual branch, `kept` images of every group at random. All are drawn here at once: one transfer to the
+    device instead of one per branch."""
+    rows, scales = [], []
+    start = 0
+    for (batch, tokens), (kept, _) in zip(groups, kept_groups, strict=True):
+        draw_device = device if generator is None else generator.device
+        order = torch.rand(num_branches, batch, generator=generator, device=draw_device).argsort(dim=1)[:, :kept]
+        first_rows = start + tokens * order.to(device, non_blocking=True)
+        rows.append((first_rows[..., None] + torch.arange(tokens, device=device)).flatten(1))
+        scales.append(torch.full((kept * tokens, 1), batch / kept, device=device))
+        start += batch * tokens
+    scale = torch.cat(scales)
+    return [_Subset(branch_rows, scale) for branch_rows in torch.cat(rows, dim=1)]
+
+
+def _add_branch(
+    x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor], subset: _Subset | None
+) -> torch.Tensor:
+    """x + branch(x); with a subset the branch is computed and added for those rows only, so skipped images cost nothing."""
+    if subset is None:
+        return x + branch(x)
+    return x.index_add(0, subset.rows, (branch(x[subset.rows]) * subset.scale).to(x.dtype))
+
+
+def _rope_table(periods: torch.Tensor, rows: int, columns: int, num_prefix: int) -> torch.Tensor:
+    """(2, num_prefix + rows * columns, 4 * len(periods)) cosines and sines, in the dtype of `periods`."""
+    along_rows, along_columns = (
+        torch.arange(0.5, n, device=periods.device, dtype=periods.dtype) / n * 2.0 - 1.0 for n in (rows, columns)
+    )
+    grid = torch.stack(torch.meshgrid(along_rows, along_columns, indexing="ij"), dim=-1).flatten(0, 1)
+    angles = (2 * math.pi * grid[:, :, None] / periods).flatten(1).tile(2)
+    angles = torch.cat([angles.new_zeros(num_prefix, angles.shape[1]), angles])
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def _pack_rope(tables: Sequence[torch.Tensor], groups: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """(2, T, 1, head_dim): every sequence's table, laid out as the tokens are."""
+    repeated = [table.repeat(1, batch, 1) for table, (batch, _) in zip(tables, groups, strict=True)]
+    return torch.cat(repeated, dim=1)[:, :, None]
+
+
+def _rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + head_dim / 2) of x (T, heads, head_dim) by their angles, in the table's precision."""
+    cosines, sines = rope
+    first, second = x.chunk(2, dim=-1)
+    return (x * cosines + torch.cat([-second, first], dim=-1) * sines).to(x.dtype)

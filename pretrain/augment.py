@@ -1,0 +1,128 @@
+"""Random crops of slices as two matrix products.
+
+A random resized crop (bicubic, antialiased), a horizontal flip and a Gaussian blur are all linear and separable, so that
+a whole crop is rows @ slice @ columns^T. The two matrices are built from a handful of random numbers; the product is the
+same batched matmul on the CPU and on the GPU, on one-channel slices.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLUR_KERNEL = 9
+CROP_ATTEMPTS = 10
+
+
+class CropParameters(NamedTuple):
+    """What was drawn for n crops; boxes in pixels of the canvas, sigma in pixels of the crop (0 = no blur). (n,) each."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor
+    sigma: Tensor
+
+
+def draw_crops(
+    num_crops: int,
+    *,
+    canvas_size: int,
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
+    flip_probability: float,
+    blur_probability: float,
+    blur_sigma: tuple[float, float],
+    generator: torch.Generator,
+) -> CropParameters:
+    """Random boxes with whole-pixel borders on a square canvas, flips and blurs, on the CPU.
+
+    The area is uniform in `scale` (fraction of the canvas), the aspect ratio (width / height) log-uniform; a box that
+    does not fit is drawn again, up to ten times, and is the whole canvas after that.
+    """
+    shape = (num_crops, CROP_ATTEMPTS)
+    area = canvas_size**2 * _uniform(shape, scale, generator)
+    log_aspect = _uniform(shape, (math.log(aspect[0]), math.log(aspect[1])), generator)
+    widths = torch.sqrt(area * torch.exp(log_aspect)).round()
+    heights = torch.sqrt(area / torch.exp(log_aspect)).round()
+    fits = (widths >= 1) & (widths <= canvas_size) & (heights >= 1) & (heights <= canvas_size)
+    chosen = torch.argmax(fits.long(), dim=1, keepdim=True)
+    found = fits.any(dim=1)
+    height = torch.where(found, heights.gather(1, chosen).squeeze(1), canvas_size)
+    width = torch.where(found, widths.gather(1, chosen).squeeze(1), canvas_size)
+    draws = torch.rand((num_crops, 4), generator=generator, dtype=torch.float64)
+    return CropParameters(
+        top=torch.floor(draws[:, 0] * (canvas_size - height + 1)),
+        left=torch.floor(draws[:, 1] * (canvas_size - width + 1)),
+        height=height,
+        width=width,
+        flip=draws[:, 2] < flip_probability,
+        sigma=torch.where(
+            draws[:, 3] < blur_probability, _uniform((num_crops,), blur_sigma, generator), torch.zeros(num_crops)
+        ),
+    )
+
+
+def render_crops(slices: Tensor, crops: CropParameters, *, size: int, canvas_size: int) -> Tensor:
+    """The crops of square slices (n, S, S), resized to (n, 1, size, size), in the dtype and on the device of the slices.
+
+    canvas_size != S stands for slices interpolated to a canvas of that side before cropping: the box is scaled back to
+    the slice and resampled once, which shows the same field of view without interpolating twice.
+    """
+    source_size = slices.shape[-1]
+    ratio = source_size / canvas_size
+    boxes = torch.stack([crops.top, crops.height, crops.left, crops.width]).mul(ratio).to(slices.device, torch.float32)
+    sigma = crops.sigma.to(slices.device, torch.float32)
+    rows = blur_rows(resize_matrix(boxes[0], boxes[1], size=size, source_size=source_size), sigma)
+    columns = blur_rows(resize_matrix(boxes[2], boxes[3], size=size, source_size=source_size), sigma)
+    flip = crops.flip.to(slices.device)[:, None, None]
+    columns = torch.where(flip, columns.flip(1), columns)
+    return (rows.to(slices.dtype) @ slices @ columns.to(slices.dtype).mT).unsqueeze(1)
+
+
+def resize_matrix(start: Tensor, length: Tensor, *, size: int, source_size: int) -> Tensor:
+    """Bicubic antialiased resampling of [start, start + length) pixels to `size` pixels: (n,) -> (n, size, source_size).
+
+    Keys' kernel (a = -0.5), widened by length / size when shrinking; only pixels that the box touches have weight, and
+    each row sums to 1: what torchvision does for resized_crop(..., BICUBIC, antialias=True) when borders are whole.
+    """
+    centers = torch.arange(source_size, device=start.device) + 0.5
+    outputs = torch.arange(size, device=start.device) + 0.5
+    step = (length / size)[:, None, None]
+    target = start[:, None, None] + outputs[None, :, None] * step
+    weights = _keys_kernel((centers - target) / step.clamp_min(1))
+    first = start.floor()[:, None, None]
+    last = (start + length).ceil()[:, None, None]
+    weights = weights * ((centers > first) & (centers < last))
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def blur_rows(matrices: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur along the second-last axis, reflected at the ends; sigma (n,) in rows, 0 leaves a matrix as it is."""
+    half = BLUR_KERNEL // 2
+    offsets = torch.arange(-half, half + 1, device=matrices.device, dtype=matrices.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]) ** 2)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)
+    length = matrices.shape[1]
+    padded = torch.cat([matrices[:, 1 : half + 1].flip(1), matrices, matrices[:, -half - 1 : -1].flip(1)], dim=1)
+    blurred = torch.zeros_like(matrices)
+    for tap in range(BLUR_KERNEL):
+        blurred.addcmul_(padded[:, tap : tap + length], kernel[:, tap, None, None])
+    return blurred
+
+
+def _keys_kernel(x: Tensor) -> Tensor:
+    """Cubic convolution kernel with a = -0.5, zero from |x| = 2 on."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def _uniform(shape: tuple[int, ...], limits: tuple[float, float], generator: torch.Generator) -> Tensor:
+    low, high = limits
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
