@@ -82,12 +82,13 @@ def read_scans(path: str | Path) -> list[Scan]:
         scans = []
         for row in reader:
             try:
-                numbers = {"num_slices": int(row["num_slices"]), "seconds": float(row["seconds"])}
+                num_slices, seconds = int(row["num_slices"]), float(row["seconds"])
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"{path}, line {reader.line_num}: {error}; expected numbers in num_slices and seconds"
                 ) from error
-            scans.append(Scan(**{**{name: row[name] for name in COLUMNS}, **numbers}))
+            texts = {name: row[name] for name in COLUMNS if name not in ("num_slices", "seconds")}
+            scans.append(Scan(**texts, num_slices=num_slices, seconds=seconds))
         return scans
 
 

@@ -1,9 +1,15 @@
-"""Splits by subject: what is tested on is never trained on, however many scans a subject has."""
+"""Splits by subject: what is tested on is never trained on, however many scans a subject has.
+
+Owner of the subject list: a text file with one subject key (``cohort/subject``) per line; ``#`` starts a comment.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+
+from braindino.atomic import write_text
 
 
 def split_subjects(
@@ -73,3 +79,27 @@ def check_disjoint(train: Iterable[str], test: Iterable[str]) -> None:
         raise ValueError(
             f"{len(overlap)} subject(s) on both sides of the split: {shown}; split by subject, not by scan"
         )
+
+
+def read_subjects(path: str | Path) -> list[str]:
+    """The subject keys of a list, in its order.
+
+    Raises:
+        ValueError: a line is no ``cohort/subject``; names the line.
+    """
+    subjects = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        text = line.split("#", maxsplit=1)[0].strip()
+        if not text:
+            continue
+        cohort, slash, subject = text.partition("/")
+        if not (cohort and slash and subject):
+            raise ValueError(f"{path}, line {number}: found {text!r}; expected cohort/subject, as in scans.tsv")
+        subjects.append(text)
+    return subjects
+
+
+def write_subjects(path: str | Path, subjects: Iterable[str], *, comment: str = "") -> None:
+    """Write a subject list, sorted, with a comment saying what it is for, atomically."""
+    head = [f"# {comment}"] if comment else []
+    write_text(path, "\n".join([*head, *sorted(set(subjects))]) + "\n")

@@ -64,7 +64,7 @@ def normalize_intensity(volume: Volume) -> Volume:
         VolumeError: code ``constant`` when the foreground has no contrast after clipping.
     """
     foreground = volume.data != 0
-    low, high = np.percentile(volume.data, CLIP_PERCENTILES)
+    low, high = np.percentile(volume.data, CLIP_PERCENTILES).astype(np.float32)
     clipped = np.clip(volume.data, low, high)
     values = clipped[foreground]
     # float64 accumulators: sixteen million float32 additions lose the third digit.

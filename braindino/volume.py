@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import OrientationError
+from nibabel.wrapstruct import WrapStructError
 
 from braindino.atomic import replace_file
 
@@ -184,7 +185,7 @@ def _read(path: str | Path) -> nib.Nifti1Image:
         size = int.from_bytes(raw[:4], "little")
         two = NIFTI2_HEADER_BYTES in (size, int.from_bytes(raw[:4], "big"))
         return (nib.Nifti2Image if two else nib.Nifti1Image).from_bytes(raw)
-    except (ImageFileError, nib.spatialimages.HeaderDataError, ValueError, EOFError) as error:
+    except (ImageFileError, nib.spatialimages.HeaderDataError, WrapStructError, ValueError, EOFError) as error:
         raise VolumeError(
             "not_nifti", f"{path}: not a NIfTI file ({error}); found {raw[:16]!r} at its start"
         ) from error

@@ -5,8 +5,6 @@ a whole crop is rows @ slice @ columns^T. The two matrices are built from a hand
 same batched matmul on the CPU and on the GPU, on one-channel slices.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,6 @@
 """Projection head shared in form by the DINO (CLS) and the iBOT (patch) objective."""
 
-from __future__ import annotations
-
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +14,13 @@ class ProjectionHead(nn.Module):
     """
 
     def __init__(
-        self, embed_dim: int, *, num_prototypes: int = 65536, hidden_dim: int = 2048, bottleneck_dim: int = 256
+        self,
+        embed_dim: int,
+        *,
+        num_prototypes: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.mlp = nn.Sequential(
@@ -28,7 +33,7 @@ class ProjectionHead(nn.Module):
         self.last_layer = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

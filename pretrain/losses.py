@@ -4,8 +4,6 @@ Free functions on tensors. All of them compute in float32 whatever the precision
 B is the number of slices of the batch, K the number of prototypes, M the number of masked patches.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

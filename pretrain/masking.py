@@ -1,7 +1,5 @@
 """Block-wise masks for the iBOT objective (paper sec. 4.2: probability 0.5, ratio in [0.1, 0.5])."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

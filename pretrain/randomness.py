@@ -3,8 +3,6 @@
 A run that is killed and resumed repeats the same draws without having saved any generator state.
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What changes over a run, as arrays indexed by iteration (paper sec. 4.2)."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal, NamedTuple
 

@@ -10,6 +10,23 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+# Name of a colour: on a light page, on a dark page. The series are Okabe and Ito's, safe for the colour-blind, tuned for contrast.
+THEME = {
+    "ink": ("#1c2128", "#e4e8ec"),
+    "soft": ("#59636e", "#9aa5b1"),
+    "line": ("#d9dee4", "#323a44"),
+    "ground": ("#ffffff", "#14181d"),
+    "panel": ("#f5f7f9", "#1c2229"),
+    "link": ("#0060a8", "#6cb6f5"),
+    "warn-ground": ("#fff4d6", "#3a2f10"),
+    "warn-line": ("#e0b33c", "#8a6d1f"),
+    "warn-ink": ("#5a4300", "#f3dfa6"),
+    "series-1": ("#0072b2", "#4aa8e0"),
+    "series-2": ("#d55e00", "#f08a4b"),
+    "series-3": ("#00845f", "#35c29a"),
+    "series-4": ("#b0568c", "#e08fc0"),
+    "neutral": ("#7c8792", "#8b96a2"),
+}
 VOID_ELEMENTS = frozenset({"br", "col", "hr", "img", "link", "meta"})
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -91,6 +108,28 @@ def picture(png: bytes, *, alt: str, width: int | None = None) -> Html:
     return element("img", src=source, alt=alt, width=width)
 
 
+def drawing(svg: str, *, alt: str) -> Html:
+    """A figure drawn by matplotlib, inline, in the colours of ``THEME`` and the typeface of the page.
+
+    Args:
+        svg: an SVG document whose text is text (``svg.fonttype: none``).
+        alt: what it shows, for those who cannot see it.
+    """
+    drawn = svg[svg.index("<svg") :]
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
+    size = re.search(r'viewBox="0 0 ([\d.]+) ', drawn)
+    assert size is not None, "matplotlib gives every SVG a viewBox"
+    # The viewBox is in points; at 4/3 pixels per point a 10-point label is as large as on paper.
+    opening = element(
+        "svg", viewBox=drawn.split('viewBox="', 1)[1].split('"', 1)[0], role="img", aria_label=alt,
+        style=f"width: {float(size[1]) * 4 / 3:.0f}px",
+    ).removesuffix("</svg>")  # fmt: skip
+    drawn = opening + drawn[drawn.index(">") + 1 :].rstrip()
+    for name, (light, _) in THEME.items():
+        drawn = re.sub(light, f"var(--{name})", drawn, flags=re.IGNORECASE)
+    return Html(re.sub(r"font: ([^;\"']*?)'[^\";]*", r"font: \1inherit", drawn))
+
+
 def figure(content: Html, caption: object, *, class_: str = "") -> Html:
     """A picture or drawing with its caption."""
     return element("figure", content, element("figcaption", caption), class_=class_ or None)
@@ -134,7 +173,7 @@ def page(title: str, header: Html, sections: Sequence[Section], footer: Html) ->
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", title),
-        Html(f"<style>{STYLE}</style>"),
+        Html(f"<style>{_theme()}{STYLE}</style>"),
     )
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
@@ -147,26 +186,17 @@ def _section(section: Section) -> Html:
     return element("section", element("h2", section.title), section.body, id=section.anchor)
 
 
+def _theme() -> str:
+    light, dark = ("".join(f"--{name}: {pair[mode]}; " for name, pair in THEME.items()) for mode in (0, 1))
+    return f"\n:root {{ {light}}}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark}}} }}"
+
+
 def _is_numeric(cells: Sequence[object]) -> bool:
     texts = [text for cell in cells if (text := re.sub(r"<[^>]*>", "", str(cell)).strip()) not in _NO_VALUE]
     return bool(texts) and all(_NUMBER.fullmatch(text.replace("−", "-")) for text in texts)
 
 
 STYLE = """
-:root {
-  --ink: #1c2128; --soft: #59636e; --line: #d9dee4; --ground: #ffffff; --panel: #f5f7f9; --link: #0060a8;
-  --warn-ground: #fff4d6; --warn-line: #e0b33c; --warn-ink: #5a4300;
-  --series-1: #0072b2; --series-2: #d55e00; --series-3: #00845f; --series-4: #b0568c; --series-5: #3a94c9; --series-6: #b97d00;
-  --neutral: #7c8792;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ink: #e4e8ec; --soft: #9aa5b1; --line: #323a44; --ground: #14181d; --panel: #1c2229; --link: #6cb6f5;
-    --warn-ground: #3a2f10; --warn-line: #8a6d1f; --warn-ink: #f3dfa6;
-    --series-1: #4aa8e0; --series-2: #f08a4b; --series-3: #35c29a; --series-4: #e08fc0; --series-5: #8fd0f5;
-    --series-6: #f0b840; --neutral: #8b96a2;
-  }
-}
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; scroll-padding-top: 3.5rem; }
 body {

@@ -1,0 +1,57 @@
+"""``braindino <verb>``: the front door. Each verb is a room's own program, imported only when it is called."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """Where a verb's ``main(argv) -> exit code`` lives, and what it does."""
+
+    module: str
+    summary: str
+
+
+VERBS = {
+    "doctor": Verb("braindino.doctor", "what this machine has, and what would be used"),
+    "demo": Verb("braindino.demo", "the whole way on a simulated cohort: scans to segmentation, diagnosis and report"),
+    "simulate": Verb("braindino.simulation.simulate", "write a simulated cohort in BIDS"),
+    "prepare": Verb("braindino.preprocessing.prepare", "raw scans to skull-stripped, normalised slices"),
+    "split": Verb("braindino.hold_out", "choose the subjects to hold out, once for every room"),
+    "pretrain": Verb("braindino.pretrain.train", "DINOv3-style self-distillation on slices"),
+    "nnunet": Verb("nnunet_braindino.cli", "convert, score and check for the nnU-Net trainers"),
+    "extract": Verb("braindino.downstream.extract", "features of prepared scans from a frozen encoder"),
+    "evaluate": Verb("braindino.downstream.evaluate", "light heads and kNN on features, with intervals"),
+    "report": Verb("braindino.report.page", "one page with everything a folder holds"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; its exit code: 0 all done, 1 error, 2 usage, 3 finished with some scans quarantined."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from braindino import __version__
+
+        print(__version__)
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        print(f"braindino: no verb {verb!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    # Programs that name themselves in their usage line should name the verb.
+    sys.argv = [f"braindino {verb}", *rest]
+    return importlib.import_module(VERBS[verb].module).main(rest)
+
+
+def _usage() -> str:
+    lines = ["usage: braindino VERB [...]   (braindino VERB -h tells more)", ""]
+    lines += [f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,75 @@
+"""``braindino split``: choose the subjects that every room holds out, before anything is trained."""
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from braindino.manifest import read_scans
+from braindino.splits import split_subjects, write_subjects
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOut:
+    """Choose subjects to hold out and write them to a list that pretraining, segmentation and evaluation all read."""
+
+    prepared: Path
+    """Folder made by `braindino prepare`; the subjects are those of its scans.tsv."""
+    out: Path
+    """Text file to write: one cohort/subject per line."""
+    test_fraction: float = 0.3
+    """Share of the subjects to hold out."""
+    seed: int = 0
+    """Seed of the choice."""
+    participants: Path | None = None
+    """BIDS participants.tsv, needed with --strata."""
+    strata: str | None = None
+    """Column of participants.tsv whose groups are divided in the same proportion, e.g. tumor."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when the list was written, 1 on an error."""
+    config = tyro.cli(HoldOut, args=argv)
+    try:
+        _run(config)
+    except (ValueError, OSError) as error:
+        print(f"braindino split: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(config: HoldOut) -> None:
+    subjects = sorted({scan.subject_key for scan in read_scans(config.prepared / "scans.tsv") if scan.status == "done"})
+    strata = None
+    if config.strata is not None:
+        if config.participants is None:
+            raise ValueError("--strata needs --participants FILE, the table with that column")
+        groups = _column(config.participants, config.strata)
+        missing = [key for key in subjects if _participant(key) not in groups]
+        if missing:
+            raise ValueError(f"{config.participants}: no row for {missing[:5]}; expected one per prepared subject")
+        strata = {key: groups[_participant(key)] for key in subjects}
+    train, test = split_subjects(subjects, test_fraction=config.test_fraction, seed=config.seed, strata=strata)
+    write_subjects(
+        config.out,
+        test,
+        comment=f"held out: {len(test)} of {len(subjects)} subjects, seed {config.seed}; never trained on",
+    )
+    print(f"{len(train)} subjects to train on, {len(test)} held out: {config.out}")
+
+
+def _participant(subject_key: str) -> str:
+    """``cohort/sub-01`` and ``cohort/01`` -> ``01``."""
+    return subject_key.split("/", maxsplit=1)[1].removeprefix("sub-")
+
+
+def _column(path: Path, column: str) -> dict[str, str]:
+    with path.open(newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle, delimiter="\t"))
+    if not rows or column not in rows[0] or "participant_id" not in rows[0]:
+        found = list(rows[0]) if rows else []
+        raise ValueError(f"{path}: found columns {found}; expected participant_id and {column}")
+    return {row["participant_id"].removeprefix("sub-"): row[column] for row in rows}

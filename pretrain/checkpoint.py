@@ -1,0 +1,117 @@
+"""Checkpoints of a run: RUN/checkpoints/iteration=000100/, with everything that resuming needs.
+
+A folder holds state.pt (weights of student and teacher, optimiser) and checkpoint.json (iteration, settings, SHA-256 of
+state.pt). It is written under another name and renamed, so that a folder of the right name is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from braindino.atomic import replace_file, write_json
+
+FORMAT_VERSION = 1
+KEPT = 2
+PREFIX = "iteration="
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint read back."""
+
+    path: Path
+    iteration: int
+    """Iterations done."""
+    config: dict[str, Any]
+    sha256: str
+    state: dict[str, Any]
+    """`student`, `teacher` and `optimizer` state dictionaries, on the CPU."""
+
+
+def save_checkpoint(run_dir: Path, *, iteration: int, config: dict[str, Any], state: dict[str, Any]) -> Path:
+    """Write a checkpoint and remove all but the newest two; the path of its folder."""
+    folder = checkpoint_folder(run_dir, iteration)
+    partial = folder.with_name(f".{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with replace_file(partial / "state.pt") as temporary:
+        torch.save(state, temporary)
+    write_json(
+        partial / "checkpoint.json",
+        {
+            "format": "braindino pretraining checkpoint",
+            "version": FORMAT_VERSION,
+            "iteration": iteration,
+            "state_sha256": _sha256(partial / "state.pt"),
+            "config": config,
+        },
+    )
+    if folder.exists():  # a corrupt one that was skipped on resuming
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    _sync_folder(folder.parent)
+    for old in checkpoint_folders(run_dir)[KEPT:]:
+        shutil.rmtree(old)
+    return folder
+
+
+def checkpoint_folder(run_dir: Path, iteration: int) -> Path:
+    """Where the checkpoint after so many iterations lies."""
+    return run_dir / "checkpoints" / f"{PREFIX}{iteration:06d}"
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, newest first."""
+    found = [path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]), reverse=True)
+
+
+def load_newest_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint that is sound, None if there is none; damaged ones are named on standard output."""
+    for folder in checkpoint_folders(run_dir):
+        try:
+            return load_checkpoint(folder)
+        except (ValueError, OSError) as error:
+            print(f"checkpoint passed over: {error}", flush=True)
+    return None
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read one checkpoint.
+
+    Raises:
+        ValueError: it is damaged or of another format version; names the file.
+    """
+    description = folder / "checkpoint.json"
+    try:
+        meta = json.loads(description.read_text(encoding="utf-8"))
+        version, sha256 = meta["version"], meta["state_sha256"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{description}: damaged ({error})") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{description}: format version {version}; this program reads version {FORMAT_VERSION}")
+    found = _sha256(folder / "state.pt")
+    if found != sha256:
+        raise ValueError(f"{folder / 'state.pt'}: damaged (SHA-256 {found[:12]}..., expected {sha256[:12]}...)")
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return Checkpoint(folder, meta["iteration"], meta["config"], sha256, state)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

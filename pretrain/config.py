@@ -1,0 +1,418 @@
+"""Every setting of a pretraining run, with its unit and its source, and the recipes.
+
+"paper" is sec. 4.2 of the BrainDINO paper. Where it is silent the value is the one its ancestors use: "DINOv3" is that
+code's ViT-L ImageNet-1k setting (the file MedDINOv3's author names as his), "DINOv3 7B" the setting of its largest model.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from braindino.pretrain.schedules import LrScaling
+
+PATCH_SIZE = 16
+SLICE_SIZE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Encoder and heads."""
+
+    architecture: Literal["vit_tiny", "vit_small", "vit_base", "vit_large"] = "vit_base"
+    """Encoder, patches of 16 px, rotary positions (paper: ViT-B/16)."""
+    num_storage_tokens: int = 4
+    """Learned storage tokens beside the CLS token (paper)."""
+    layer_scale_init: float = 1e-5
+    """Start of the learned factor of each residual branch (DINOv3)."""
+    drop_path: float = 0.2
+    """Fraction of images each residual branch of the student skips, the same in every block (the paper is silent; the
+    loaders of MedDINOv3 and BrainDINO say 0.2, DINOv3 0.3)."""
+    num_prototypes: int = 65536
+    """Prototypes K of the DINO and of the iBOT head (paper)."""
+    head_hidden_dim: int = 2048
+    """Hidden width of the three-layer heads (paper)."""
+    head_bottleneck_dim: int = 256
+    """Width of the normalised bottleneck in front of the prototypes (paper)."""
+
+    def __post_init__(self) -> None:
+        _check(self, "num_storage_tokens", 0)
+        _check(self, "layer_scale_init", 0)
+        _check(self, "drop_path", 0, 0.9)
+        _check(self, "num_prototypes", 2)
+        _check(self, "head_hidden_dim", 1)
+        _check(self, "head_bottleneck_dim", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropConfig:
+    """Views of a slice: two global crops and several local ones. One pair of crop sizes is drawn per iteration."""
+
+    global_sizes: tuple[int, ...] = (256,)
+    """Side of the global crops of each pair, px (paper). Rounded down to whole patches of 16."""
+    local_sizes: tuple[int, ...] = (112,)
+    """Side of the local crops of each pair, px (paper). Rounded down to whole patches: 168 becomes 160."""
+    pair_ratios: tuple[float, ...] = (1.0,)
+    """Probability of each pair; sums to 1 (paper, high-resolution stage)."""
+    num_local: int = 8
+    """Local crops per slice (paper)."""
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    """Area of a global crop, fraction of the slice (paper)."""
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    """Area of a local crop, fraction of the slice (paper)."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio of the crop's box, width / height, log-uniform (DINOv3)."""
+    canvas_size: int = SLICE_SIZE
+    """Side of the canvas on which boxes are drawn, px. 1024 stands for slices interpolated to 1024 before cropping (paper,
+    high-resolution stage); the box is then resampled once, straight from the 256 px slice."""
+    flip_probability: float = 0.5
+    """Probability of a left-right flip (paper: random; 0.5 in DINOv3)."""
+    blur_probabilities: tuple[float, float, float] = (0.0, 0.9, 0.5)
+    """Probability of Gaussian blur for the first global, the second global and each local crop. What DINOv2's and
+    DINOv3's released code really does: its settings read 1.0, 0.1, 0.5, but are applied inverted."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur, px of the resized crop, uniform (DINOv3); the kernel has 9 taps."""
+
+    def __post_init__(self) -> None:
+        if not len(self.global_sizes) == len(self.local_sizes) == len(self.pair_ratios) > 0:
+            raise ValueError(
+                f"crops: global_sizes {self.global_sizes}, local_sizes {self.local_sizes} and pair_ratios "
+                f"{self.pair_ratios} describe pairs; give as many of each, one at least"
+            )
+        if min(self.pair_ratios) < 0 or abs(sum(self.pair_ratios) - 1) > 1e-6:
+            raise ValueError(f"crops.pair_ratios: found {self.pair_ratios}; expected probabilities that sum to 1")
+        for name in ("global_sizes", "local_sizes"):
+            if min(getattr(self, name)) < 2 * PATCH_SIZE:
+                raise ValueError(f"crops.{name}: found {getattr(self, name)}; expected {2 * PATCH_SIZE} px or more")
+        _check(self, "num_local", 0)
+        _check(self, "canvas_size", PATCH_SIZE)
+        _check(self, "flip_probability", 0, 1)
+        for name in ("global_scale", "local_scale"):
+            _check_range(self, name, 1e-6, 1.0)
+        _check_range(self, "aspect", 1e-3, 1e3)
+        _check_range(self, "blur_sigma", 1e-3, 1e3)
+        if not all(0 <= probability <= 1 for probability in self.blur_probabilities):
+            raise ValueError(f"crops.blur_probabilities: found {self.blur_probabilities}; expected values in [0, 1]")
+
+    def sizes(self, pair: int) -> tuple[int, int]:
+        """Sides of the global and local crops of a pair, px, in whole patches."""
+        return tuple(size // PATCH_SIZE * PATCH_SIZE for size in (self.global_sizes[pair], self.local_sizes[pair]))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Masks of the global crops for the iBOT objective."""
+
+    probability: float = 0.5
+    """Fraction of the global crops that are masked (paper)."""
+    ratios: tuple[float, float] = (0.1, 0.5)
+    """Range of the masked fraction of a masked crop, uniform over the batch (paper)."""
+
+    def __post_init__(self) -> None:
+        _check(self, "probability", 0, 1)
+        _check_range(self, "ratios", 0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Objective: DINO + ibot_weight * iBOT + koleo_weight * (KoLeo of both global crops)."""
+
+    student_temperature: float = 0.1
+    """Temperature of the student's softmax (DINOv3)."""
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    """Temperature of the teacher at the start and after its warm-up (DINOv3)."""
+    teacher_temperature_iterations: int = 30_000
+    """Length of that linear warm-up, iterations (DINOv3: 30 epochs of 1,000)."""
+    sinkhorn_iterations: int = 3
+    """Sinkhorn-Knopp iterations that centre the teacher (DINOv3; the paper says "centered")."""
+    ibot_weight: float = 1.0
+    """Lambda of Eq. 3 (paper)."""
+    koleo_weight: float = 0.1
+    """Weight of KoLeo on the student's CLS token, per global crop (paper)."""
+
+    def __post_init__(self) -> None:
+        _check(self, "student_temperature", 1e-3)
+        if min(self.teacher_temperature) < 1e-3:
+            raise ValueError(f"loss.teacher_temperature: found {self.teacher_temperature}; expected 0.001 or more")
+        _check(self, "teacher_temperature_iterations", 0)
+        _check(self, "sinkhorn_iterations", 1)
+        _check(self, "ibot_weight", 0)
+        _check(self, "koleo_weight", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, its schedules, and the moving average that is the teacher."""
+
+    base_lr: float = 1e-4
+    """Peak learning rate before scaling with the batch (paper: "peak base learning rate")."""
+    lr_scaling: LrScaling = "dinov3"
+    """How the batch size B scales it: "dinov3" 4 sqrt(B / 1024), "sqrt" sqrt(B / 1024), "none" 1. The paper does not say;
+    DINOv3's rule makes 4e-4 of 1e-4 at the paper's B = 1024."""
+    min_lr: float = 1e-6
+    """Learning rate at the last iteration, not scaled (DINOv3)."""
+    warmup_iterations: int = 10_000
+    """Linear warm-up of the learning rate, iterations (paper); half a cosine follows."""
+    weight_decay: float = 0.04
+    """Constant (paper). Tokens decay too; biases, norms and layer scales do not (DINOv3)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Momenta of AdamW (DINOv3)."""
+    layer_decay: float = 0.9
+    """Factor on the learning rate per block below the top (paper)."""
+    patch_embed_lr_multiplier: float = 0.2
+    """Further factor for the patch embedding (DINOv3)."""
+    clip_norm: float = 3.0
+    """Largest gradient norm (paper), for the encoder and for each head separately (DINOv3)."""
+    last_layer_freeze_iterations: int = 1_000
+    """Iterations during which the prototypes keep still (DINOv3: one epoch of 1,000)."""
+    teacher_momentum: float = 0.994
+    """Teacher = momentum * teacher + (1 - momentum) * student after each step, constant (paper)."""
+
+    def __post_init__(self) -> None:
+        _check(self, "base_lr", 0)
+        _check(self, "min_lr", 0)
+        _check(self, "warmup_iterations", 0)
+        _check(self, "weight_decay", 0)
+        _check(self, "layer_decay", 1e-3, 1)
+        _check(self, "patch_embed_lr_multiplier", 0)
+        _check(self, "clip_norm", 1e-6)
+        _check(self, "last_layer_freeze_iterations", 0)
+        _check(self, "teacher_momentum", 0, 1)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas: found {self.betas}; expected values in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One run."""
+
+    store: Path | None = None
+    """Slice store to learn from, made by `braindino prepare`. Recipe `demo` simulates one when it is not given."""
+    out: Path
+    """Folder of the run. If it holds checkpoints of the same settings the run goes on from the newest."""
+    exclude_subjects: Path | None = None
+    """Text file of subjects that must not be seen, one `cohort/subject` per line (downstream test subjects)."""
+    init_from: Path | None = None
+    """Finished run whose teacher (encoder and heads) student and teacher start from."""
+    iterations: int = 500_000
+    """Length of the run (paper)."""
+    batch_size: int = 256
+    """Slices per iteration (paper: 256 on each of 4 GPUs)."""
+    seed: int = 0
+    """Decides the initial weights, the order of slices, crops, masks and drop path."""
+    checkpoint_every: int = 2_500
+    """Iterations between checkpoints; the two newest are kept."""
+    log_every: int = 10
+    """Iterations between rows of metrics.jsonl."""
+    num_workers: int = 4
+    """Processes that read slices; 0 reads in the main process. Does not change results."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train: bfloat16 autocast on cuda, float32 on cpu; "auto" prefers cuda."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    crops: CropConfig = field(default_factory=CropConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        _check(self, "iterations", 1)
+        _check(self, "checkpoint_every", 1)
+        _check(self, "log_every", 1)
+        _check(self, "num_workers", 0)
+        if self.batch_size < 2:
+            raise ValueError(
+                f"batch_size: found {self.batch_size}; expected 2 or more, since KoLeo spreads the slices of a batch apart "
+                "and one slice has no neighbour"
+            )
+
+
+# Settings that may differ between a run and its resumption: they say where and how, not what is computed. The store and the
+# excluded subjects are compared by their fingerprints instead of by their paths.
+RUNTIME_SETTINGS = frozenset(
+    {"store", "out", "exclude_subjects", "num_workers", "device", "checkpoint_every", "log_every"}
+)
+
+UNSET_PATH = Path()
+
+
+def _stage1() -> PretrainConfig:
+    return PretrainConfig(out=UNSET_PATH)
+
+
+def _stage2() -> PretrainConfig:
+    return PretrainConfig(
+        out=UNSET_PATH,
+        iterations=10_000,
+        batch_size=56,
+        checkpoint_every=500,
+        crops=CropConfig(
+            global_sizes=(512, 768, 768, 768, 768),
+            local_sizes=(112, 112, 168, 224, 336),
+            pair_ratios=(0.30, 0.30, 0.30, 0.05, 0.05),
+            canvas_size=1024,
+        ),
+        # The paper gives no temperature or learning rate for this stage. The teacher continues at the temperature stage 1
+        # ended with and the prototypes are not frozen again; the rate is the one DINOv3 7B's stage reaches.
+        loss=LossConfig(teacher_temperature=(0.07, 0.07), teacher_temperature_iterations=0),
+        optimizer=OptimizerConfig(base_lr=1.25e-5, warmup_iterations=1_000, last_layer_freeze_iterations=0),
+    )
+
+
+def _debug() -> PretrainConfig:
+    return PretrainConfig(
+        out=UNSET_PATH,
+        iterations=12,
+        batch_size=4,
+        checkpoint_every=4,
+        log_every=1,
+        num_workers=0,
+        model=ModelConfig(
+            architecture="vit_tiny", drop_path=0.2, num_prototypes=128, head_hidden_dim=64, head_bottleneck_dim=32
+        ),
+        crops=CropConfig(global_sizes=(64,), local_sizes=(32,), num_local=2),
+        loss=LossConfig(teacher_temperature_iterations=6),
+        optimizer=OptimizerConfig(
+            base_lr=1e-3, lr_scaling="none", warmup_iterations=3, last_layer_freeze_iterations=2, teacher_momentum=0.9
+        ),
+    )
+
+
+def _demo() -> PretrainConfig:
+    return PretrainConfig(
+        out=Path("demo/pretrain"),
+        iterations=300,
+        batch_size=16,
+        checkpoint_every=50,
+        log_every=2,
+        num_workers=0,
+        model=ModelConfig(
+            architecture="vit_tiny", drop_path=0.0, num_prototypes=1024, head_hidden_dim=512, head_bottleneck_dim=64
+        ),
+        crops=CropConfig(global_sizes=(96,), local_sizes=(48,), num_local=4),
+        loss=LossConfig(teacher_temperature_iterations=100),
+        optimizer=OptimizerConfig(
+            base_lr=1e-3, lr_scaling="none", warmup_iterations=30, last_layer_freeze_iterations=10, teacher_momentum=0.98
+        ),
+    )
+
+
+RECIPES: dict[str, tuple[str, PretrainConfig]] = {
+    "stage1": ("The paper's pretraining: ViT-B/16, 500,000 iterations.", _stage1()),
+    "stage2": ("The paper's high-resolution stage: five pairs of crop sizes, 10,000 iterations.", _stage2()),
+    "debug": ("A dozen iterations of a tiny model, to see that everything works.", _debug()),
+    "demo": ("A tiny model that learns something in a few minutes on two CPU cores.", _demo()),
+}
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Nested dictionary of plain values (paths as text, tuples as lists): what config.yaml holds."""
+    return {item.name: _plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
+
+
+def overlay(config: Any, values: dict[str, Any], *, source: str) -> Any:
+    """A copy of a config with the values of a nested dictionary laid over it.
+
+    Raises:
+        ValueError: a key that does not exist, or a value of the wrong type; names `source` and the dotted key.
+    """
+    return _overlay(config, values, source, prefix="")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, such as the config.yaml of a run, as a nested dictionary."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: found {type(values).__name__}; expected settings as `name: value`")
+    return values
+
+
+def dump_config(config: PretrainConfig) -> str:
+    """The resolved settings as YAML."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Dotted keys with their two values where two runs would compute different things; runtime settings are ignored."""
+    before, after = _flatten(old), _flatten(new)
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in {**before, **after}
+        if key not in RUNTIME_SETTINGS and before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return config_to_dict(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _overlay(config: Any, values: dict[str, Any], source: str, prefix: str) -> Any:
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"{source}: unknown setting {prefix}{key}; known here: {', '.join(hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"{source}: {prefix}{key}: found {value!r}; expected settings as `name: value`")
+            changes[key] = _overlay(getattr(config, key), value, source, f"{prefix}{key}.")
+        else:
+            try:
+                changes[key] = _convert(value, hints[key])
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{source}: {prefix}{key}: found {value!r}; expected {_type_name(hints[key])}"
+                ) from None
+    return dataclasses.replace(config, **changes)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """A YAML value as the type of a field; ValueError or TypeError if it is none."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(value, arguments[0])
+    if origin is tuple:
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_convert(item, kind) for item, kind in zip(value, kinds, strict=True))
+    if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError
+    # YAML reads 1e-4 (no point) as text: float() takes both.
+    return hint(value)
+
+
+def _type_name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _check(config: Any, name: str, low: float, high: float = float("inf")) -> None:
+    value = getattr(config, name)
+    if not low <= value <= high:
+        limits = f"{low:g} or more" if high == float("inf") else f"a value in [{low:g}, {high:g}]"
+        raise ValueError(f"{name}: found {value}; expected {limits}")
+
+
+def _check_range(config: Any, name: str, low: float, high: float) -> None:
+    first, last = getattr(config, name)
+    if not low <= first <= last <= high:
+        raise ValueError(f"{name}: found {first} to {last}; expected a rising range within [{low:g}, {high:g}]")

@@ -1,0 +1,224 @@
+"""The report's figures: tables in, figure out. Curves and intervals as drawings, slices and maps as pixels."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+
+from braindino.report.markup import THEME
+
+INK, SOFT, LINE, NEUTRAL = (THEME[name][0] for name in ("ink", "soft", "line", "neutral"))
+SERIES = tuple(THEME[f"series-{number}"][0] for number in (1, 2, 3, 4))
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "braindino",
+    "font.size": 10,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+SIMILARITY_COLOURS = "RdBu_r"
+SMOOTH_FROM_POINTS = 100
+SVG_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+
+
+class Estimate(NamedTuple):
+    """One number with its interval.
+
+    Attributes:
+        label: whose number it is.
+        value: the estimate.
+        low: lower end of its interval, NaN without one.
+        high: upper end, NaN without one.
+        series: 0 to 3 for encoders, None for a trivial baseline; decides colour and marker.
+    """
+
+    label: str
+    value: float
+    low: float
+    high: float
+    series: int | None
+
+
+def cohort_figure(ages: Sequence[float], sequences: Mapping[str, int], sites: Mapping[str, int]) -> Figure:
+    """Ages of the subjects, and how many scans each sequence and how many subjects each site has; empty parts are left out."""
+    panels = [name for name, part in (("ages", ages), ("sequences", sequences), ("sites", sites)) if part]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(panels), 2.3), layout="constrained")
+        axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
+        if ages:
+            low, high = 5 * math.floor(min(ages) / 5), 5 * math.floor(max(ages) / 5) + 5
+            axes["ages"].hist(ages, bins=np.arange(low, high + 1, 5).tolist(), color=SERIES[0], rwidth=0.92)
+            axes["ages"].set(title="Age", xlabel="years", ylabel="subjects")
+            axes["ages"].yaxis.get_major_locator().set_params(integer=True)
+            axes["ages"].grid(axis="y")
+        if sequences:
+            _bars(axes["sequences"], sequences, title="Sequence", xlabel="scans", colour=SERIES[0])
+        if sites:
+            _bars(axes["sites"], sites, title="Site", xlabel="subjects", colour=SERIES[0])
+    return figure
+
+
+def curves_figure(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> Figure:
+    """One small panel per name against the iteration; from 100 points on, a running mean is drawn over the raw line.
+
+    Args:
+        rows: logged iterations, each with ``iteration`` and some of ``names``.
+        names: what to draw, in this order.
+    """
+    columns = min(4, len(names))
+    lines = math.ceil(len(names) / columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.75 * columns, 1.95 * lines), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        for place, name in enumerate(names):
+            points = np.array([(row["iteration"], row[name]) for row in rows if name in row], dtype=float)
+            points = points[np.isfinite(points).all(axis=1)]
+            panel = axes[place]
+            many = len(points) >= SMOOTH_FROM_POINTS
+            panel.plot(*points.T, color=SERIES[0], linewidth=0.9 if many else 1.5, alpha=0.35 if many else 1)
+            if many:
+                panel.plot(*_running_mean(points, width=len(points) // 25).T, color=SERIES[0], linewidth=1.8)
+            panel.set_title(name)
+            panel.grid(axis="y")
+            panel.locator_params(nbins=4)
+            panel.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=False)
+            if place >= len(names) - columns:
+                panel.set_xlabel("iteration")
+        for panel in axes[len(names) :]:
+            panel.set_visible(False)
+    return figure
+
+
+def interval_figure(estimates: Sequence[Estimate], *, xlabel: str, limits: tuple[float, float] | None = None) -> Figure:
+    """A dot with its interval per estimate, one below the other; trivial baselines as hollow grey diamonds.
+
+    Args:
+        estimates: from top to bottom.
+        xlabel: the measure, with its unit and which way is better.
+        limits: ends of the axis, for measures that have them.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.75 + 0.34 * len(estimates)), layout="constrained")
+        axes = figure.subplots()
+        for height, estimate in enumerate(estimates):
+            colour = NEUTRAL if estimate.series is None else SERIES[estimate.series]
+            if math.isfinite(estimate.low) and math.isfinite(estimate.high):
+                axes.plot([estimate.low, estimate.high], [height, height], color=colour, linewidth=2.4, solid_capstyle="round")
+            marker, face = ("D", "none") if estimate.series is None else ("osv^"[estimate.series], colour)
+            axes.plot([estimate.value], [height], marker=marker, color=colour, markerfacecolor=face, markersize=6.5, linestyle="none")
+        axes.set_yticks(range(len(estimates)), [estimate.label for estimate in estimates])
+        axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=10)
+        axes.set_ylim(len(estimates) - 0.5, -0.5)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        axes.set_xlabel(xlabel)
+        if limits is not None:
+            axes.set_xlim(*limits)
+    return figure
+
+
+def colour_bar() -> Figure:
+    """The scale of all similarity maps, -1 to 1."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.2, 0.55), layout="constrained")
+        axes = figure.subplots()
+        colours = mpl.cm.ScalarMappable(mpl.colors.Normalize(-1, 1), SIMILARITY_COLOURS)
+        bar = figure.colorbar(colours, cax=axes, orientation="horizontal", ticks=[-1, -0.5, 0, 0.5, 1])
+        bar.outline.set_visible(False)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as an SVG document, the same for the same figure, text as text."""
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata=SVG_METADATA)
+    return buffer.getvalue()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """A (height, width, 3) picture, values 0 to 1, as PNG."""
+    buffer = io.BytesIO()
+    imsave(buffer, np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8), format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def grey_picture(image: np.ndarray) -> np.ndarray:
+    """(height, width, 3) in 0 to 1: a standardised slice, its background black, its 1st to 99th percentile from dark to white."""
+    tissue = image != 0
+    if not tissue.any():
+        return np.zeros((*image.shape, 3))
+    low, high = np.percentile(image[tissue], (1, 99))
+    grey = 0.08 + 0.92 * np.clip((image - low) / max(high - low, 1e-6), 0, 1)
+    return np.repeat((grey * tissue)[..., None], 3, axis=2)
+
+
+def similarity_picture(values: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """(height, width, 3) in 0 to 1: similarity, -1 (blue) to 1 (red), with the outline of the tissue of ``image`` in black."""
+    pixels = mpl.colormaps[SIMILARITY_COLOURS]((values + 1) / 2)[..., :3]
+    pixels[_outline(image != 0)] = 0.1
+    return pixels
+
+
+def mark_patch(pixels: np.ndarray, row: int, column: int, patch_size: int) -> np.ndarray:
+    """The picture with a frame around one patch: white within black, so that it is seen on any ground."""
+    marked = pixels.copy()
+    for margin, value in ((2, 0.0), (1, 1.0), (0, 1.0), (-1, 0.0)):
+        top, left = row * patch_size - margin, column * patch_size - margin
+        bottom, right = (row + 1) * patch_size - 1 + margin, (column + 1) * patch_size - 1 + margin
+        height, width = marked.shape[:2]
+        rows = np.clip(np.arange(top, bottom + 1), 0, height - 1)
+        columns = np.clip(np.arange(left, right + 1), 0, width - 1)
+        marked[rows[[0, -1]][:, None], columns] = value
+        marked[rows[:, None], columns[[0, -1]]] = value
+    return marked
+
+
+def _bars(axes: Axes, counts: Mapping[str, int], *, title: str, xlabel: str, colour: str) -> None:
+    names = list(counts)
+    axes.barh(range(len(names)), [counts[name] for name in names], color=colour, height=0.7)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set(title=title, xlabel=xlabel)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+
+
+def _running_mean(points: np.ndarray, *, width: int) -> np.ndarray:
+    """(n - width + 1, 2) means of ``width`` consecutive points."""
+    sums = np.cumsum(np.vstack([np.zeros(2), points]), axis=0)
+    return (sums[width:] - sums[:-width]) / width
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """The pixels of ``mask`` with a neighbour outside it."""
+    padded = np.pad(mask, 1)
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner

@@ -1,0 +1,67 @@
+"""Splits: disjoint, stratified, nested, deterministic."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from braindino.splits import check_disjoint, nested_subsets, read_subjects, split_subjects, write_subjects
+
+SUBJECTS = [f"s{i:03d}" for i in range(100)]
+
+
+def test_sides_are_disjoint_complete_and_of_the_asked_size() -> None:
+    train, test = split_subjects(SUBJECTS * 3, test_fraction=0.25, seed=0)
+    assert len(test) == 25 and not set(train) & set(test)
+    assert sorted(train + test) == SUBJECTS
+    check_disjoint(train, test)
+
+
+def test_the_split_is_a_function_of_the_set_and_the_seed() -> None:
+    assert split_subjects(SUBJECTS[::-1], test_fraction=0.2, seed=3) == split_subjects(
+        SUBJECTS, test_fraction=0.2, seed=3
+    )
+    assert split_subjects(SUBJECTS, test_fraction=0.2, seed=3) != split_subjects(SUBJECTS, test_fraction=0.2, seed=4)
+
+
+def test_every_stratum_is_divided_in_proportion() -> None:
+    strata = {s: "rare" if i < 20 else "common" for i, s in enumerate(SUBJECTS)}
+    _, test = split_subjects(SUBJECTS, test_fraction=0.3, seed=1, strata=strata)
+    assert Counter(strata[s] for s in test) == {"rare": 6, "common": 24}
+
+
+def test_even_two_subjects_land_on_two_sides() -> None:
+    assert sorted(map(len, split_subjects(["a", "b"], test_fraction=0.01, seed=0))) == [1, 1]
+
+
+def test_impossible_splits_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        split_subjects(["a", "a"], test_fraction=0.5, seed=0)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        split_subjects(SUBJECTS, test_fraction=1.0, seed=0)
+    with pytest.raises(ValueError, match="'s000' has no stratum"):
+        split_subjects(SUBJECTS, test_fraction=0.5, seed=0, strata={"s001": "x"})
+
+
+def test_label_ratios_are_nested() -> None:
+    subsets = nested_subsets(SUBJECTS, (0.1, 0.2, 0.4, 0.6, 0.8, 1.0), seed=5)
+    assert [len(subsets[r]) for r in sorted(subsets)] == [10, 20, 40, 60, 80, 100]
+    for smaller, larger in zip(sorted(subsets), sorted(subsets)[1:], strict=False):
+        assert set(subsets[smaller]) < set(subsets[larger])
+    assert nested_subsets(["a"], (0.1,), seed=0) == {0.1: ["a"]}
+    with pytest.raises(ValueError, match="ratios: found"):
+        nested_subsets(SUBJECTS, (0.0,), seed=0)
+
+
+def test_an_overlap_is_named() -> None:
+    with pytest.raises(ValueError, match=r"1 subject\(s\) on both sides of the split: b"):
+        check_disjoint(["a", "b"], ["b", "c"])
+
+
+def test_a_subject_list_survives_a_round_trip_and_names_a_bad_line(tmp_path: Path) -> None:
+    write_subjects(tmp_path / "test.txt", ["ixi/2", "ixi/1", "ixi/2"], comment="held out")
+    assert (tmp_path / "test.txt").read_text() == "# held out\nixi/1\nixi/2\n"
+    assert read_subjects(tmp_path / "test.txt") == ["ixi/1", "ixi/2"]
+    (tmp_path / "test.txt").write_text("ixi/1\n\nsub-7 # no cohort\n")
+    with pytest.raises(ValueError, match=r"line 3: found 'sub-7'; expected cohort/subject"):
+        read_subjects(tmp_path / "test.txt")
