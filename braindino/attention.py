@@ -1,8 +1,8 @@
 """One attention function over packed tokens, and the kernels it may run on.
 
-Crops of different sizes go through the encoder in one pass: their tokens are laid one after another on a single axis of
-length T. `groups` says how: a sequence of (batch, tokens) pairs, each `batch` sequences of `tokens` tokens. A token only
-attends to tokens of its own sequence.
+Crops of different sizes go through the encoder in one pass: their tokens are laid one after another on a single axis
+of length T. ``groups`` says how: a sequence of (batch, tokens) pairs, each ``batch`` sequences of ``tokens`` tokens. A
+token only attends to tokens of its own sequence.
 """
 
 import functools
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 BACKENDS = ("sdpa", "varlen", "xformers")
-"""`sdpa`: torch's scaled dot product attention, once per group; any device and dtype.
-`varlen`: `torch.nn.attention.varlen`, all groups in one kernel; CUDA, half precision.
-`xformers`: memory-efficient attention with a block-diagonal mask, all groups in one kernel; needs the optional package."""
+"""``sdpa``: torch's scaled dot product attention, once per group; any device and dtype.
+``varlen``: ``torch.nn.attention.varlen``, all groups in one kernel; CUDA, half precision.
+``xformers``: memory-efficient attention with a block-diagonal mask, all groups in one kernel; the optional package."""
 
 _PACKED_PREFERENCE = ("varlen", "xformers")
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -28,9 +28,9 @@ def attention(
 ) -> torch.Tensor:
     """Softmax attention within every sequence of a packed batch: softmax(q k^T / sqrt(head_dim)) v.
 
-    q, k, v: (T, heads, head_dim), T = sum of batch * tokens over `groups`. Returns (T, heads, head_dim).
-    `backend`: one of `BACKENDS`, or "auto" (see `choose_backend`). Raises ValueError when the groups do not add up to T or
-    the backend cannot run on this device and dtype.
+    q, k, v: (T, heads, head_dim), T = sum of batch * tokens over ``groups``. Returns (T, heads, head_dim).
+    ``backend``: one of ``BACKENDS``, or "auto" (see ``choose_backend``). Raises ValueError when the groups do not add
+    up to T or the backend cannot run on this device and dtype.
     """
     total = sum(batch * tokens for batch, tokens in groups)
     if total != q.shape[0]:
@@ -44,8 +44,11 @@ def attention(
 
 
 def choose_backend(device: torch.device | str, dtype: torch.dtype, *, num_groups: int) -> str:
-    """The backend that "auto" runs: for half precision on CUDA with crops of several sizes the first of varlen and xformers
-    that works, because one kernel then serves all of them; otherwise sdpa (for one size it is the same flash kernel)."""
+    """The backend that "auto" runs.
+
+    For half precision on CUDA with crops of several sizes it is the first of varlen and xformers that works, because
+    one kernel then serves all of them; otherwise sdpa (for a single size it is the same flash kernel).
+    """
     device = torch.device(device)
     if device.type == "cuda" and dtype in _HALF_DTYPES and num_groups > 1:
         for name in _PACKED_PREFERENCE:
@@ -55,12 +58,12 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, *, num_groups
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """The names in `BACKENDS` that work on `device`: each has run a tiny forward and backward there (once per process)."""
+    """The names in ``BACKENDS`` that work on ``device``, found by a tiny forward and backward (once per process)."""
     return tuple(name for name in BACKENDS if not _probe(name, torch.device(device)))
 
 
 def explain(device: torch.device | str = "cpu") -> str:
-    """One line per backend, saying whether it works on `device` and if not why; then what "auto" would use."""
+    """One line per backend, saying whether it works on ``device`` and if not why; then what "auto" would use."""
     device = torch.device(device)
     lines = [f"attention on {device}:"]
     for name in BACKENDS:
@@ -96,7 +99,8 @@ def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Groups) -
 
     starts = _sequence_starts(tuple(groups), q.device)
     longest = max(tokens for _, tokens in groups)
-    output: torch.Tensor = varlen_attn(q, k, v, starts, starts, longest, longest)
+    output = varlen_attn(q, k, v, starts, starts, longest, longest)
+    assert isinstance(output, torch.Tensor)  # a tuple only when extra outputs are asked for
     return output
 
 
@@ -131,7 +135,7 @@ def _block_diagonal(groups: tuple[tuple[int, int], ...], device: torch.device) -
 
 @functools.cache
 def _probe(backend: str, device: torch.device) -> str:
-    """ "" when `backend` ran a forward and a backward on `device`, else the reason in one line."""
+    """Empty when ``backend`` ran a forward and a backward on ``device``, else the reason in one line."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     groups = ((2, 8), (1, 16))
     try:

@@ -1,8 +1,8 @@
 """A compact vision transformer (ViT-S/B/L/16 and a tiny one) with the parameter names of official DINOv3 weights.
 
-Patch embedding, CLS and storage tokens, rotary position encoding (RoPE) on the patch tokens, pre-norm blocks with LayerScale.
-Crops of different sizes run through the blocks in one pass, packed on one token axis (see `braindino.attention`).
-Paper sec. 4.2: ViT-B/16, RoPE, 4 storage tokens, 16-pixel patches, one grey channel replicated to three.
+Patch embedding, CLS and storage tokens, rotary position encoding (RoPE) on the patch tokens, pre-norm blocks with
+LayerScale. Crops of different sizes run through the blocks in one pass, packed on one token axis (see
+``braindino.attention``). Paper sec. 4.2: ViT-B/16, RoPE, 4 storage tokens, one grey channel replicated to three.
 """
 
 import math
@@ -34,20 +34,20 @@ class Tokens(NamedTuple):
 
 
 class VisionTransformer(nn.Module):
-    """The encoder. `encoder(x)` gives `Tokens`; see `forward`, `forward_crops` and `intermediate`.
+    """The encoder. ``encoder(x)`` gives ``Tokens``; see ``forward``, ``forward_crops`` and ``intermediate``.
 
-    Heads, depth and width as named; `layer_scale_init` is the start of every LayerScale gamma; `drop_path` is the fraction of
-    images that every residual branch skips in training, the same for all blocks; `attention` is a backend of
-    `braindino.attention` or "auto". Parameters start as DINOv3's do, drawn from torch's global generator; call
-    `initialize(generator)` for a draw of one's own.
+    ``layer_scale_init`` is the start of every LayerScale gamma; ``drop_path`` is the fraction of images that every
+    residual branch skips in training, the same for all blocks; ``attention`` is a backend of ``braindino.attention`` or
+    "auto". Parameters start as DINOv3's do, drawn from torch's global generator; ``initialize(generator)`` draws them
+    anew from a generator of one's own.
     """
 
     name: str = ""
-    """Where the weights come from; set by `braindino.load_encoder`."""
+    """Where the weights come from; set by ``braindino.load_encoder``."""
     sha256: str = ""
-    """Hash of the weights as loaded; set by `braindino.load_encoder`."""
+    """Hash of the weights as loaded; set by ``braindino.load_encoder``."""
     contract: "InputContract | None" = None
-    """What the weights expect of their input; set by `braindino.load_encoder`."""
+    """What the weights expect of their input; set by ``braindino.load_encoder``."""
 
     def __init__(
         self,
@@ -105,14 +105,15 @@ class VisionTransformer(nn.Module):
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """The constructor values that decide parameters and features: `VisionTransformer(**encoder.architecture)` is the
-        same network. How it is run (drop_path, attention) is left out."""
+        """The constructor values that decide parameters and features: ``VisionTransformer(**encoder.architecture)`` is
+        the same network. How it is run (drop_path, attention) is left out."""
         return dict(self._architecture)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw all parameters anew: linear weights from a normal of std 0.02 cut at +-2, their biases 0; patch embedding
-        uniform within 1 / sqrt(fan in); CLS and storage tokens normal, std 0.02; mask token 0; LayerNorm 1 and 0."""
+        """Draw all parameters anew, as DINOv3 starts: linear weights normal with std 0.02 (cut at +-2), their biases 0;
+        patch embedding uniform within 1 / sqrt(fan in); CLS and storage tokens normal with std 0.02; mask token 0;
+        LayerNorm 1 and 0; LayerScale at its start value."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=INIT_STD, generator=generator)
@@ -132,8 +133,11 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.mask_token)
 
     def forward(self, x: torch.Tensor) -> Tokens:
-        """Tokens after the final norm. x: (B, 1, H, W) or (B, 3, H, W), H and W multiples of the patch size; one channel
-        counts as three equal ones."""
+        """Tokens after the final norm.
+
+        x: (B, 1, H, W) or (B, 3, H, W), H and W multiples of the patch size (else ValueError); one channel counts as
+        three equal ones.
+        """
         return self.forward_crops([x])[0]
 
     def forward_crops(
@@ -142,16 +146,16 @@ class VisionTransformer(nn.Module):
         masks: Sequence[torch.Tensor | None] | None = None,
         generator: torch.Generator | None = None,
     ) -> list[Tokens]:
-        """Tokens after the final norm for every batch in `crops`, all sizes in one packed pass.
+        """Tokens after the final norm for every batch in ``crops``, all sizes in one packed pass.
 
-        crops: (B, 1 or 3, H, W) each, B and size of their own. masks: for each batch (B, N) bool or None; where true, the
-        patch is replaced by the mask token. `generator` draws the images that drop path skips (training mode only).
+        crops: (B, 1 or 3, H, W) each, B and size of their own. masks: for each batch (B, N) bool or None; where true,
+        the patch is replaced by the mask token. ``generator`` draws the images that drop path skips (training only).
         """
         packed, groups = self._encode(crops, masks, generator, blocks={self.depth - 1})
         return self._unpack(self.norm(packed[self.depth - 1]), groups)
 
     def intermediate(self, x: torch.Tensor, blocks: Sequence[int] = (2, 5, 8, 11), norm: bool = True) -> list[Tokens]:
-        """Tokens after each of `blocks` (counted from 0), in the order asked for; `norm` applies the final norm to each."""
+        """Tokens after each of ``blocks`` (from 0), in the order asked for; with ``norm`` the final norm is applied."""
         outside = [index for index in blocks if not 0 <= index < self.depth]
         if outside:
             raise ValueError(f"blocks {outside} do not exist: this encoder has blocks 0 to {self.depth - 1}")
@@ -165,7 +169,7 @@ class VisionTransformer(nn.Module):
         generator: torch.Generator | None,
         blocks: Collection[int],
     ) -> tuple[dict[int, torch.Tensor], list[tuple[int, int]]]:
-        """The packed tokens (T, D) after each of `blocks`, and the groups (batch, tokens) they are laid in."""
+        """The packed tokens (T, D) after each of ``blocks``, and the groups (batch, tokens) they are laid in."""
         if masks is not None and len(masks) != len(crops):
             raise ValueError(f"{len(crops)} batches of crops but {len(masks)} masks; give None where there is no mask")
         embedded = [self._embed(crop, masks[i] if masks else None) for i, crop in enumerate(crops)]
@@ -201,8 +205,8 @@ class VisionTransformer(nn.Module):
         batch, _, height, width = x.shape
         if min(height, width) < self.patch_size or height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"image height and width must be multiples of the patch size {self.patch_size}, found {height} x {width}; "
-                "crop, pad or resize the image first"
+                f"image height and width must be multiples of the patch size {self.patch_size}, "
+                f"found {height} x {width}; crop, pad or resize the image first"
             )
         patches = self.patch_embed(x)
         if mask is not None:
@@ -230,8 +234,8 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(INPUT_CHANNELS, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, N, D). For one channel the weights are summed over channels: the same linear map as on three
-        equal channels, at a third of the input."""
+        """(B, C, H, W) -> (B, N, D). For one channel the weights are summed over channels: the same linear map as on
+        three equal channels, at a third of the input."""
         weight = self.proj.weight
         if x.shape[1] == 1:
             weight = weight.sum(dim=1, keepdim=True)
@@ -239,8 +243,11 @@ class PatchEmbedding(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotary position encoding over the patch grid: angle = 2 pi coordinate / period, where rows and columns each run over
-    [-1, 1] at patch centres and the periods are base^(4 i / head_dim), i < head_dim / 4, for rows and again for columns."""
+    """Rotary position encoding over the patch grid.
+
+    angle = 2 pi coordinate / period; patch centres lie in [-1, 1] along rows and along columns, each by its own length;
+    periods are base^(4 i / head_dim) for i < head_dim / 4, once for the row and once for the column coordinate.
+    """
 
     periods: torch.Tensor
 
@@ -288,7 +295,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, packing: "_Packing", attn_subset: "_Subset | None", mlp_subset: "_Subset | None"
     ) -> torch.Tensor:
-        """(T, D) -> (T, D). A subset restricts its branch to some images; `packing` describes what attention then sees."""
+        """(T, D) -> (T, D). A subset restricts its branch to some images; ``packing`` is what attention then sees."""
         x = _add_branch(x, lambda rows: self.ls1(self.attn(self.norm1(rows), packing)), attn_subset)
         return _add_branch(x, lambda rows: self.ls2(self.mlp(self.norm2(rows))), mlp_subset)
 
@@ -385,8 +392,8 @@ def _draw_subsets(
     device: torch.device,
     generator: torch.Generator | None,
 ) -> list[_Subset | None]:
-    """For each residual branch, `kept` images of every group at random. All are drawn here at once: one transfer to the
-    device instead of one per branch."""
+    """For each residual branch, ``kept`` images of every group at random. All are drawn here at once: one transfer to
+    the device instead of one per branch."""
     rows, scales = [], []
     start = 0
     for (batch, tokens), (kept, _) in zip(groups, kept_groups, strict=True):
@@ -403,14 +410,14 @@ def _draw_subsets(
 def _add_branch(
     x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor], subset: _Subset | None
 ) -> torch.Tensor:
-    """x + branch(x); with a subset the branch is computed and added for those rows only, so skipped images cost nothing."""
+    """x + branch(x); with a subset the branch is computed and added for those rows only."""
     if subset is None:
         return x + branch(x)
     return x.index_add(0, subset.rows, (branch(x[subset.rows]) * subset.scale).to(x.dtype))
 
 
 def _rope_table(periods: torch.Tensor, rows: int, columns: int, num_prefix: int) -> torch.Tensor:
-    """(2, num_prefix + rows * columns, 4 * len(periods)) cosines and sines, in the dtype of `periods`."""
+    """(2, num_prefix + rows * columns, 4 * len(periods)) cosines and sines, in the dtype of ``periods``."""
     along_rows, along_columns = (
         torch.arange(0.5, n, device=periods.device, dtype=periods.dtype) / n * 2.0 - 1.0 for n in (rows, columns)
     )

@@ -1,9 +1,10 @@
 """Encoder weights: one door out (``save_encoder``), one door in (``load_encoder``), and the layouts other programs use.
 
-Native format, version 1: a safetensors file whose header holds the architecture, the input contract, package versions,
-the fingerprint of the training data and the hash of the weights; beside it a JSON file with the same facts for people,
-never read back. Nothing that could run code is unpickled, and no key is skipped, guessed or left over: every tensor of a
-file is used or named in the error, the knowingly dropped ones (heads of a teacher file, biases that are all zero) apart.
+Native format, version 1: a safetensors file whose header holds the architecture, the input contract, package
+versions, the fingerprint of the training data and the hash of the weights; beside it a JSON file with the same facts
+for people, never read back. Nothing that could run code is unpickled, and no key is skipped, guessed or left over:
+every tensor of a file is used or named in the error, the knowingly dropped ones (heads of a teacher file, biases that
+are all zero) apart.
 """
 
 import hashlib
@@ -47,8 +48,8 @@ class InputContract:
     channels: int = 3
     channel_source: str = "one grey channel, replicated"
     intensity: str = (
-        "per volume: clipped to the 0.5-99.5 percentile, z-score with the mean and standard deviation of non-zero voxels, "
-        "background 0"
+        "per volume: clipped to the 0.5-99.5 percentile, z-score with the mean and standard deviation "
+        "of non-zero voxels, background 0"
     )
     image_size: int = 256
     """Height and width of a slice in pixels."""
@@ -70,9 +71,10 @@ def save_encoder(
 ) -> Path:
     """Write the encoder in float32 and return the path of its safetensors file; the file appears whole or not at all.
 
-    ``path`` is a folder (made if needed; gets ``encoder.safetensors`` and ``encoder.json``) or a ``*.safetensors`` file.
-    ``contract``: None keeps the one the encoder was loaded with, or else the paper's. ``data_fingerprint`` identifies the
-    training data (``SliceStore.fingerprint``), ``notes`` is free text. Raises ValueError for weights that are not finite.
+    ``path`` is a folder (made if needed; gets ``encoder.safetensors`` and ``encoder.json``) or a ``*.safetensors``
+    file. ``contract``: None keeps the one the encoder was loaded with, or else the paper's. ``data_fingerprint``
+    identifies the training data (``SliceStore.fingerprint``), ``notes`` is free text. Raises ValueError for weights
+    that are not finite.
     """
     path = Path(path)
     if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
@@ -103,48 +105,52 @@ def save_encoder(
 def load_encoder(path_or_name: str | Path, *, device: str | torch.device = "cpu") -> VisionTransformer:
     """The frozen encoder: float32, eval mode, no gradients, with its ``name``, ``sha256`` and ``contract``.
 
-    ``path_or_name``: a folder or file written by ``save_encoder``; a teacher file ({"teacher": {"backbone.*"}}); DINOv3
-    weights in the official, timm or Hugging Face layout (a folder with ``config.json``, or the file); or
-    "untrained:vit_base" and so on, random weights of seed 0. For foreign files the architecture is read off the shapes,
-    with LayerNorm eps 1e-6 for teacher files and for flat ones without qkv bias (DINOv3's training style), otherwise 1e-5
-    unless a ``config.json`` says more.
+    ``path_or_name``: a folder or file written by ``save_encoder``; a teacher file ({"teacher": {"backbone.*"}});
+    DINOv3 weights in the official, timm or Hugging Face layout (a folder with ``config.json``, or the file); or
+    "untrained:vit_base" and so on, random weights of seed 0. For foreign files the architecture is read off the
+    shapes, with LayerNorm eps 1e-6 for teacher files and for flat ones without qkv bias (DINOv3's training style),
+    otherwise 1e-5 unless a ``config.json`` says more.
 
-    Raises ValueError naming file, key, expected and found for an unknown, missing, misshapen or non-finite tensor, for a
-    damaged file and for one that holds more than tensors; FileNotFoundError when there is nothing at the path.
+    Raises ValueError naming file, key, expected and found for an unknown, missing, misshapen or non-finite tensor,
+    for a damaged file and for one that holds more than tensors; FileNotFoundError when there is nothing at the path.
     """
     text = str(path_or_name)
     if text.startswith(UNTRAINED_PREFIX):
         encoder = _build_untrained(text.removeprefix(UNTRAINED_PREFIX))
     else:
         encoder = _load_file(_find_file(Path(path_or_name)))
-    encoder.sha256 = hash_weights(_float_state(encoder))
     return encoder.to(device).eval().requires_grad_(False)
 
 
 def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
-    """sha256 (hex) over names, shapes and float32 bytes of a native state dict, so the same for the same weights in any
-    layout. The mask token is left out: it has no part in a feature, and timm files do not carry it."""
+    """sha256 (hex) over names, shapes and float32 bytes of a native state dict: equal weights, equal hash in any layout.
+
+    The mask token is left out: it has no part in a feature, and timm files do not carry it.
+    """
     digest = hashlib.sha256()
     for key in sorted(set(state) - {"mask_token"}):
         tensor = state[key].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.numpy()).cast("B"))
+        digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
 def to_teacher_state(encoder: VisionTransformer) -> dict[str, dict[str, torch.Tensor]]:
-    """{"teacher": {"backbone.*"}}, the layout of DINOv3's training code and of the BrainDINO and MedDINOv3 loaders, without
-    heads; write it with ``torch.save``. Those loaders build with LayerNorm eps 1e-6."""
+    """{"teacher": {"backbone.*"}}: the layout of DINOv3's training code and of the BrainDINO and MedDINOv3 loaders.
+
+    Without heads; write it with ``torch.save``. Those loaders build with LayerNorm eps 1e-6.
+    """
     return {"teacher": {f"backbone.{key}": value for key, value in _float_state(encoder).items()}}
 
 
 def to_timm_state(encoder: VisionTransformer) -> dict[str, torch.Tensor]:
-    """State dict that loads strictly into ``timm.create_model("vit_base_patch16_dinov3", num_classes=0, norm_layer=...)``
-    (``..._qkvb`` for an encoder with qkv bias), to be built with ``partial(LayerNorm, eps=1e-6)`` or the encoder's own eps.
+    """The state dict that timm's ``vit_base_patch16_dinov3`` (and its other sizes) loads strictly.
 
+    Build it with ``create_model(name, num_classes=0, norm_layer=partial(LayerNorm, eps=1e-6))``, or the eps of the
+    encoder's architecture; for an encoder with qkv bias the name ends in ``_qkvb``.
     timm has no mask token and computes the RoPE periods itself: for periods that were rounded to bfloat16 by another
-    program copy them, ``model.rope.periods.copy_(encoder.rope_embed.periods)``. Raises ValueError for a key bias that is
-    not zero, which timm cannot hold.
+    program copy them, ``model.rope.periods.copy_(encoder.rope_embed.periods)``. Raises ValueError for a key bias that
+    is not zero, which timm cannot hold.
     """
     state: dict[str, torch.Tensor] = {}
     for key, value in _float_state(encoder).items():
@@ -174,7 +180,8 @@ class _Weights:
         return ValueError(f"{self.file} ({self.layout} layout): {problem}")
 
 
-# The few names in which a layout differs from the native one: name in the file -> native name, {} for the block's number.
+# The few names in which a layout differs from the native one: name in the file -> native name, {} for the block's
+# number.
 _RENAMES: dict[str, dict[str, str]] = {
     "native": {},
     "teacher": {},
@@ -219,6 +226,7 @@ def _build_untrained(name: str) -> VisionTransformer:
         encoder = ARCHITECTURES[name]()
     encoder.initialize(torch.Generator().manual_seed(UNTRAINED_SEED))
     encoder.name = f"untrained-{name}"
+    encoder.sha256 = hash_weights(encoder.state_dict())
     encoder.contract = InputContract()
     return encoder
 
@@ -236,8 +244,8 @@ def _find_file(path: Path) -> Path:
         hint = f"; did you mean {path / 'encoder'}?" if (path / "encoder" / ENCODER_FILE).is_file() else ""
         raise FileNotFoundError(f"{path}: a folder without encoder weights, expected {expected} in it{hint}")
     raise FileNotFoundError(
-        f"no encoder at {path}. Give the path of an encoder: the folder RUN/encoder of a pretraining run, a teacher .pth, or "
-        "DINOv3 weights you have downloaded (official .pth, timm or Hugging Face file or folder); or the name "
+        f"no encoder at {path}. Give the path of one: the folder RUN/encoder of a pretraining run, a teacher .pth, or "
+        "DINOv3 weights that you downloaded (official .pth, timm or Hugging Face file or folder); or the name "
         f"{UNTRAINED_PREFIX}vit_base for random weights"
     )
 
@@ -294,9 +302,9 @@ def _load_native(weights: _Weights, header: Mapping[str, str]) -> VisionTransfor
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise weights.error(f"damaged header ({type(error).__name__}: {error})") from error
     encoder = _fill(architecture, weights)
-    found_hash = hash_weights(weights.tensors)
-    if found_hash != expected_hash:
-        raise weights.error(f"damaged: the weights hash to {found_hash}, the header says {expected_hash}")
+    encoder.sha256 = hash_weights(encoder.state_dict())
+    if encoder.sha256 != expected_hash:
+        raise weights.error(f"damaged: the weights hash to {encoder.sha256}, the header says {expected_hash}")
     encoder.contract = contract
     return encoder
 
@@ -312,6 +320,7 @@ def _load_foreign(weights: _Weights) -> VisionTransformer:
         head_dim = architecture["embed_dim"] // architecture["num_heads"]
         fixed["rope_embed.periods"] = RotaryEmbedding(head_dim, architecture["rope_base"]).periods
     encoder = _fill(architecture, replace(weights, tensors={**fixed, **weights.tensors}))
+    encoder.sha256 = hash_weights(encoder.state_dict())
     encoder.contract = FOREIGN_CONTRACT
     return encoder
 
@@ -404,8 +413,8 @@ def _recognise(file: Path, content: dict[str, Any]) -> _Weights:
         layout = "DINOv3"
     else:
         raise ValueError(
-            f"{file}: not a known layout; its first keys are {sorted(map(str, content))[:_MAX_LISTED]}, expected "
-            "{'teacher': {'backbone.*'}}, DINOv3 ('storage_tokens'), timm ('reg_token') or Hugging Face ('embeddings.*')"
+            f"{file}: not a known layout; its first keys are {sorted(map(str, content))[:_MAX_LISTED]}, expected those "
+            "of a teacher ('backbone.*'), DINOv3 ('storage_tokens'), timm ('reg_token') or Hugging Face ('embeddings.*')"
         )
     weights = _Weights(file, layout, {}, {})
     for name, value in content.items():
@@ -475,8 +484,8 @@ def _fuse_qkv(weights: _Weights) -> _Weights:
 def _settle_bias(weights: _Weights) -> _Weights:
     """The qkv biases as they act, that is times their mask, or none at all when every one of them is zero.
 
-    Released DINOv3 files hold biases and masks of zeros. A mask of NaN was never initialised (a defect of early training
-    code); where the bias is zero as well nothing is lost, otherwise its meaning is unknown.
+    Released DINOv3 files hold biases and masks of zeros. A mask of NaN was never initialised (a defect of early
+    training code); where the bias is zero as well nothing is lost, otherwise its meaning is unknown.
     """
     tensors = dict(weights.tensors)
     biases = {}
@@ -485,12 +494,12 @@ def _settle_bias(weights: _Weights) -> _Weights:
         if key not in tensors:
             continue
         bias, mask = tensors[key], tensors.pop(f"{key}_mask", None)
+        mask_name = _in_file(weights, f"{key}_mask")
         if mask is not None and mask.shape != bias.shape:
-            raise weights.error(
-                f"misshapen key {_in_file(weights, key + '_mask')}: expected {tuple(bias.shape)}, found {tuple(mask.shape)}"
-            )
+            shapes = f"expected {tuple(bias.shape)}, found {tuple(mask.shape)}"
+            raise weights.error(f"misshapen key {mask_name}: {shapes}")
         if mask is not None and mask.isnan().any() and bias.any():
-            raise weights.error(f"key {_in_file(weights, key + '_mask')} is not a number where its bias is not zero")
+            raise weights.error(f"key {mask_name} is not a number although its bias is not zero")
         biases[key] = bias if mask is None or not bias.any() else bias * mask
     missing = [number for number in _block_numbers(weights) if f"blocks.{number}.attn.qkv.bias" not in biases]
     if biases and missing:

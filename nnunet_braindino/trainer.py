@@ -121,7 +121,7 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
         """Continue (``--c``) or validate (``--val``); the encoder must be the one that the checkpoint was trained with."""
         super().load_checkpoint(filename_or_checkpoint)
         trained_with = self.my_init_kwargs["plans"][PLANS_KEY]
-        given = encoder_identity(self.pretrained_encoder)
+        given = self.plans_manager.plans[PLANS_KEY]
         if trained_with["sha256"] != given["sha256"]:
             raise ValueError(
                 f"{filename_or_checkpoint} was trained with encoder {trained_with['name']} (sha256 {trained_with['sha256']}), "

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 
-UNKNOWN_SEQUENCE = "unknown"
+from braindino.manifest import UNKNOWN_SEQUENCE
 
 # Whole tokens of a name, lower case, to the sequence they stand for.
 SEQUENCE_OF_TOKEN = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
 import yaml
 
 from braindino.pretrain.schedules import LrScaling
@@ -236,16 +237,15 @@ RUNTIME_SETTINGS = frozenset(
     {"store", "out", "exclude_subjects", "num_workers", "device", "checkpoint_every", "log_every"}
 )
 
-UNSET_PATH = Path()
-
 
 def _stage1() -> PretrainConfig:
-    return PretrainConfig(out=UNSET_PATH)
+    return PretrainConfig(store=tyro.MISSING, out=tyro.MISSING)
 
 
 def _stage2() -> PretrainConfig:
     return PretrainConfig(
-        out=UNSET_PATH,
+        store=tyro.MISSING,
+        out=tyro.MISSING,
         iterations=10_000,
         batch_size=56,
         checkpoint_every=500,
@@ -264,7 +264,8 @@ def _stage2() -> PretrainConfig:
 
 def _debug() -> PretrainConfig:
     return PretrainConfig(
-        out=UNSET_PATH,
+        store=tyro.MISSING,
+        out=tyro.MISSING,
         iterations=12,
         batch_size=4,
         checkpoint_every=4,

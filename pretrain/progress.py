@@ -34,7 +34,9 @@ def draw_progress(rows: list[dict[str, Any]], path: Path, *, num_prototypes: int
     loss.axhline(0.5 * log_k, color="0.6", linestyle=":", linewidth=1, label="start of iBOT: 0.5 ln K")
     loss.set(title="Cross-entropies", ylabel="nats")
     draw(total, "loss")
-    total.axhline(rows[0]["expected_initial_loss"], color="0.6", linestyle="--", linewidth=1, label="expected at start")
+    expected = rows[0].get("expected_initial_loss")
+    if expected is not None:
+        total.axhline(expected, color="0.6", linestyle="--", linewidth=1, label="expected at start")
     total.set(title="Objective", ylabel="nats")
     draw(spread, "teacher_entropy", "prototype_entropy", scale=1 / log_k)
     draw(spread, "feature_std")

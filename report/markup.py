@@ -30,7 +30,7 @@ THEME = {
 VOID_ELEMENTS = frozenset({"br", "col", "hr", "img", "link", "meta"})
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-_NUMBER = re.compile(r"[-+±]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?\s?(%|s|MB|years)?( [[(].*[])])?")
+_NUMBER = re.compile(r"[-+±]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?( ?%)?( (\[.*\]|\(.*\)))?")
 _NO_VALUE = frozenset({"", "n/a", "–"})
 
 
