@@ -14,7 +14,7 @@ CORE_PACKAGES = ("braindino", "nnunet_braindino")
 setup(
     name="braindino",
     version="0.1.0",
-    description="Brain-MRI foundation models: raw scans to slices, DINOv3-style pretraining, frozen-encoder nnU-Net, light heads",
+    description="Brain-MRI foundation models: raw scans to slices, pretraining, frozen-encoder nnU-Net, light heads",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

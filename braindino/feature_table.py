@@ -1,4 +1,5 @@
-"""Frozen features on disk: one encoder's slice CLS tokens of many scans. Owner of the feature table format (version 1).
+"""Frozen features on disk: one encoder's slice CLS tokens of many scans. Owner of the feature table format (version
+1).
 
 A table is a folder, usually ``features/<encoder name>/``::
 
@@ -6,8 +7,8 @@ A table is a folder, usually ``features/<encoder name>/``::
     scans.tsv             one row per scan, as in a prepared folder
     cls/<scan_id>.npy     (num_slices, D) float16, the CLS tokens from the lowest slice to the highest
 
-One table holds one encoder and one preparation; the cache cannot mix two. Each scan's file appears whole. The mean over slices is
-taken when reading, so that another way of pooling needs no second pass through the encoder.
+One table holds one encoder and one preparation; the cache cannot mix two. Each scan's file appears whole. The mean
+over slices is taken when reading, so that another way of pooling needs no second pass through the encoder.
 """
 
 import json
@@ -44,7 +45,9 @@ class FeatureTableMeta:
 
 
 class FeatureTableWriter:
-    """Adds scans to a table; used as a context manager, or closed by hand, so that the last rows reach ``scans.tsv``."""
+    """Adds scans to a table; used as a context manager, or closed by hand, so that the last rows reach
+    ``scans.tsv``.
+    """
 
     def __init__(
         self,

@@ -123,7 +123,7 @@ def load_encoder(path_or_name: str | Path, *, device: str | torch.device = "cpu"
 
 
 def hash_weights(state: Mapping[str, torch.Tensor]) -> str:
-    """sha256 (hex) over names, shapes and float32 bytes of a native state dict: equal weights, equal hash in any layout.
+    """sha256 (hex) over names, shapes and float32 bytes of a native state dict: equal for equal weights in any layout.
 
     The mask token is left out: it has no part in a feature, and timm files do not carry it.
     """
@@ -180,8 +180,7 @@ class _Weights:
         return ValueError(f"{self.file} ({self.layout} layout): {problem}")
 
 
-# The few names in which a layout differs from the native one: name in the file -> native name, {} for the block's
-# number.
+# The names in which a layout differs from the native one: name in the file -> native name, {} for the block's number.
 _RENAMES: dict[str, dict[str, str]] = {
     "native": {},
     "teacher": {},
@@ -414,7 +413,7 @@ def _recognise(file: Path, content: dict[str, Any]) -> _Weights:
     else:
         raise ValueError(
             f"{file}: not a known layout; its first keys are {sorted(map(str, content))[:_MAX_LISTED]}, expected those "
-            "of a teacher ('backbone.*'), DINOv3 ('storage_tokens'), timm ('reg_token') or Hugging Face ('embeddings.*')"
+            "of a teacher ('backbone.*'), DINOv3 ('storage_tokens'), timm ('reg_token'), Hugging Face ('embeddings.*')"
         )
     weights = _Weights(file, layout, {}, {})
     for name, value in content.items():
@@ -488,18 +487,20 @@ def _settle_bias(weights: _Weights) -> _Weights:
     training code); where the bias is zero as well nothing is lost, otherwise its meaning is unknown.
     """
     tensors = dict(weights.tensors)
+    shape = (3 * _take(weights, "cls_token", 3).shape[-1],)
     biases = {}
     for number in _block_numbers(weights):
         key = f"blocks.{number}.attn.qkv.bias"
         if key not in tensors:
             continue
         bias, mask = tensors[key], tensors.pop(f"{key}_mask", None)
-        mask_name = _in_file(weights, f"{key}_mask")
-        if mask is not None and mask.shape != bias.shape:
-            shapes = f"expected {tuple(bias.shape)}, found {tuple(mask.shape)}"
-            raise weights.error(f"misshapen key {mask_name}: {shapes}")
+        for name, value in ((key, bias), (f"{key}_mask", mask)):
+            if value is not None and tuple(value.shape) != shape:
+                found = tuple(value.shape)
+                raise weights.error(f"misshapen key {_in_file(weights, name)}: expected {shape}, found {found}")
         if mask is not None and mask.isnan().any() and bias.any():
-            raise weights.error(f"key {mask_name} is not a number although its bias is not zero")
+            name = _in_file(weights, f"{key}_mask")
+            raise weights.error(f"key {name} is not a number although its bias is not zero")
         biases[key] = bias if mask is None or not bias.any() else bias * mask
     missing = [number for number in _block_numbers(weights) if f"blocks.{number}.attn.qkv.bias" not in biases]
     if biases and missing:

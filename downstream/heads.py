@@ -1,16 +1,18 @@
-"""The light head on frozen features, LayerNorm-Linear-GELU-Linear (paper sec. 4.3), many of them trained as one batched computation.
+"""The light head on frozen features, LayerNorm-Linear-GELU-Linear (paper sec. 4.3), many of them trained as one
+batched computation.
 
-A sweep over seeds and label ratios trains dozens of independent small heads on the same cached features. ``Heads`` stacks their
-parameters along a first axis M and multiplies them with ``baddbmm``; the loss is a sum over the heads and Adam works element by
-element, so each head is trained exactly as it would be alone.
+A sweep over seeds and label ratios trains dozens of independent small heads on the same cached features. ``Heads``
+stacks their parameters along a first axis M and multiplies them with ``baddbmm``; the loss is a sum over the heads
+and Adam works element by element, so each head is trained exactly as it would be alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-5
@@ -22,16 +24,34 @@ class MlpHead:
     """How a head looks and how long it is trained: part of a task's row."""
 
     hidden_width: int = 672
-    """Width of the hidden layer. The paper gives no width but says that 0.6 % of the parameters are trained; on 768-dimensional
-    ViT-B features 672 gives 0.60 % (640: 0.57 %, 768: 0.69 %)."""
+    """Width of the hidden layer. The paper gives no width but says that 0.6 % of the parameters are trained; on
+    768-dimensional ViT-B features 672 gives 0.60 % (640: 0.57 %, 768: 0.69 %)."""
+    loss: Literal["cross_entropy", "squared_error"]
+    """Paper Eq. 4 and Eq. 5."""
+    optimiser: Literal["adam"] = "adam"
+    """Paper sec. 4.3; the weight decay is Adam's L2 term."""
     learning_rate: float = 1e-4
-    """Of Adam (paper sec. 4.3)."""
+    """Paper sec. 4.3."""
     weight_decay: float = 1e-5
-    """Of Adam, as an L2 term (paper sec. 4.3)."""
+    """Paper sec. 4.3."""
     steps: int = 2000
     """Optimiser steps, the same for every label ratio and never chosen by looking at the test set."""
     batch_size: int = 32
     """Scans per step."""
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return log(sum_k exp z_k) - z_y per case, (M, B), of logits (M, B, K) and classes (M, B) (paper Eq. 4)."""
+    return outputs.logsumexp(dim=-1) - outputs.gather(-1, targets[..., None])[..., 0]
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return (y_hat - y)^2 per case, (M, B), of outputs (M, B, 1) and targets (M, B) (paper Eq. 5)."""
+    return (outputs[..., 0] - targets).square()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
+OPTIMISERS = {"adam": torch.optim.Adam}
 
 
 class Heads(nn.Module):
@@ -72,7 +92,8 @@ def train_classifiers(
     num_classes: int,
     head: MlpHead,
 ) -> np.ndarray:
-    """Train one classifier per subset by cross-entropy (paper Eq. 4) and return class probabilities, (M, n, num_classes).
+    """Train one classifier per subset by cross-entropy (paper Eq. 4) and return class probabilities, (M, n,
+    num_classes).
 
     The probabilities are those of all n rows; which of them a head never saw is the caller's split.
 
@@ -84,11 +105,9 @@ def train_classifiers(
         num_classes: number of classes K.
         head: shape and training.
     """
-
-    def losses(outputs: Tensor, rows: Tensor) -> Tensor:
-        return F.cross_entropy(outputs.flatten(0, 1), targets[rows].flatten(), reduction="none").view(rows.shape)
-
-    outputs = _train(features, losses, subsets=subsets, seeds=seeds, num_outputs=num_classes, head=head)
+    outputs = _train(
+        features, targets.expand(len(seeds), -1), subsets=subsets, seeds=seeds, num_outputs=num_classes, head=head
+    )
     return outputs.softmax(dim=-1).numpy()
 
 
@@ -102,8 +121,9 @@ def train_regressors(
 ) -> np.ndarray:
     """Train one regressor per subset by squared error (paper Eq. 5) and return its predictions of all rows, (M, n).
 
-    Each head learns the target standardised with the mean and standard deviation of its own training rows, and its outputs are put
-    back on the target's scale: with Adam at 1e-4 an output near 50 years would not be reached in thousands of steps.
+    Each head learns the target standardised with the mean and standard deviation of its own training rows, and its
+    outputs are put back on the target's scale: with Adam at 1e-4 an output near 50 years would not be reached in
+    thousands of steps.
 
     Args:
         features: (n, D) float32, on the device to train on.
@@ -116,28 +136,35 @@ def train_regressors(
     deviations = torch.stack([targets[rows].std(correction=0) for rows in subsets])[:, None]
     deviations = torch.where(deviations > 0, deviations, torch.ones_like(deviations))
 
-    def losses(outputs: Tensor, rows: Tensor) -> Tensor:
-        return (outputs[..., 0] - (targets[rows] - means) / deviations).square()
-
-    outputs = _train(features, losses, subsets=subsets, seeds=seeds, num_outputs=1, head=head)
+    standardised = (targets - means) / deviations
+    outputs = _train(features, standardised, subsets=subsets, seeds=seeds, num_outputs=1, head=head)
     return (outputs[..., 0] * deviations.cpu() + means.cpu()).numpy()
 
 
-def _train(features: Tensor, losses, *, subsets, seeds, num_outputs: int, head: MlpHead) -> Tensor:
-    """Train and return the outputs of all rows (M, n, K) on the CPU; ``losses(outputs, rows)`` gives (M, B)."""
-    heads = Heads(
-        seeds, num_features=features.shape[1], hidden_width=head.hidden_width, num_outputs=num_outputs
-    ).to(features.device)
-    optimiser = torch.optim.Adam(
+def _train(
+    features: Tensor,
+    targets: Tensor,
+    *,
+    subsets: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    num_outputs: int,
+    head: MlpHead,
+) -> Tensor:
+    """Train on features (n, D) and targets (M, n) of each head; return the outputs of all rows, (M, n, K), on the
+    CPU.
+    """
+    heads = Heads(seeds, num_features=features.shape[1], hidden_width=head.hidden_width, num_outputs=num_outputs)
+    heads.to(features.device)
+    optimiser = OPTIMISERS[head.optimiser](
         heads.parameters(), lr=head.learning_rate, weight_decay=head.weight_decay, fused=True
     )
     streams = torch.stack(
         [_row_stream(rows, seed, head.steps * head.batch_size) for rows, seed in zip(subsets, seeds, strict=True)]
     ).to(features.device)
     for rows in streams.split(head.batch_size, dim=1):
-        loss = losses(heads(features[rows]), rows).mean(dim=1).sum()
+        losses = LOSSES[head.loss](heads(features[rows]), targets.gather(1, rows))
         optimiser.zero_grad()
-        loss.backward()
+        losses.mean(dim=1).sum().backward()
         optimiser.step()
     with torch.inference_mode():
         parts = [heads(part.expand(len(seeds), -1, -1)).cpu() for part in features.split(ROWS_AT_A_TIME)]

@@ -1,30 +1,34 @@
 """The floor under every encoder: what raw intensities alone say. ``--encoder intensity`` in extract.
 
-Two parts per slice, side by side: the histogram of the brain's standardised intensities, and the slice itself averaged down to a
-small grid. Both are linear in the slices, so their mean over slices is the histogram and the downsampled mean slice of the volume.
-An encoder that does not beat these 288 numbers has learnt nothing that a histogram does not know.
+Two parts per slice, side by side: the histogram of the brain's standardised intensities, and the slice itself
+averaged down to a small grid. Both are linear in the slices, so their mean over slices is the histogram and the
+downsampled mean slice of the volume. An encoder that does not beat these 288 numbers has learnt nothing that a
+histogram does not know.
 """
 
 import hashlib
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 NAME = "intensity"
 NUM_BINS = 32
 LIMIT = 4.0
 GRID = 16
-DEFINITION = f"histogram of {NUM_BINS} bins in [-{LIMIT:g}, {LIMIT:g}] as density over the slice, mean slice on {GRID}x{GRID}"
+DEFINITION = (
+    f"density of {NUM_BINS} bins in [-{LIMIT:g}, {LIMIT:g}] over the slice; mean slice on {GRID}x{GRID}; version 1"
+)
 SHA256 = hashlib.sha256(DEFINITION.encode()).hexdigest()
 
 
 def encode_intensity(slices: Tensor) -> Tensor:
     """Return (B, 288) features of standardised slices (B, 1, H, W).
 
-    The first 32 are the density of intensities over the bins, counted over the non-zero voxels (background is exactly 0) and divided by the
-    area of the slice and the width of a bin, so that they are of the size of the z-scores beside them; intensities beyond the limits
-    count in the outermost bins. The other 256 are the means over a 16x16 grid, row by row.
+    The first 32 are the density of intensities over the bins, counted over the non-zero voxels (background is
+    exactly 0) and divided by the area of the slice and the width of a bin, so that they are of the size of the
+    z-scores beside them; intensities beyond the limits count in the outermost bins. The other 256 are the means
+    over a 16x16 grid, row by row.
     """
     batch = len(slices)
     flat = slices.reshape(batch, -1).float()

@@ -36,17 +36,19 @@ def bootstrap_interval(
     iterations: int = ITERATIONS,
     seed: int = BOOTSTRAP_SEED,
 ) -> Estimate:
-    """Return the statistic with its 95 % percentile bootstrap interval, resampling subjects with replacement (paper sec. 4.7).
+    """Return the statistic with its 95 % percentile bootstrap interval, resampling subjects with replacement (paper
+    sec. 4.7).
 
-    All cases of a subject are drawn together, as often as the subject is drawn, so several scans of one subject count as the one
-    independent observation that they are. Draws in which the statistic is NaN (an AUC without one of the classes) are left out, and
-    ``method`` says how many remained.
+    All cases of a subject are drawn together, as often as the subject is drawn, so several scans of one subject
+    count as the one independent observation that they are. Draws in which the statistic is NaN (an AUC without one
+    of the classes) are left out, and ``method`` says how many remained.
 
     Args:
         statistic: maps case weights (B, n) to values (B,); see ``metrics``.
         subjects: subject of each of the n cases.
         iterations: number of draws.
-        seed: of the draws; the same seed, subjects and order give the same draws, so models compared on one test set are paired.
+        seed: of the draws; the same seed, subjects and order give the same draws, so models compared on one test
+            set are paired.
     """
     if not len(subjects):
         raise ValueError("bootstrap: the test set is empty; nothing can be estimated")

@@ -1,4 +1,6 @@
-"""k-nearest-neighbour probing of frozen features (paper sec. 4.6): no training, so the number speaks of the features alone."""
+"""k-nearest-neighbour probing of frozen features (paper sec. 4.6): no training, so the number speaks of the
+features alone.
+"""
 
 from collections.abc import Sequence
 
@@ -17,10 +19,11 @@ def knn_predict(
 ) -> dict[int, np.ndarray]:
     """Return, for every k in ``neighbours``, the predicted class of each query, (m,) int64.
 
-    Features are L2-normalised, similarity is the cosine, the class with the most of the k votes wins, and a tie goes to the tied
-    class whose voters have the larger summed similarity (paper sec. 4.6; no PCA, no whitening). The paper says nothing of what is
-    left: of equally similar bank rows at the border of the neighbourhood the earlier row is taken, and of classes equal in votes
-    and in similarity the one with the lower index.
+    Features are L2-normalised, similarity is the cosine, the class with the most of the k votes wins, and a tie
+    goes to the tied class whose voters have the larger summed similarity (paper sec. 4.6; no PCA, no whitening).
+    The paper says nothing of what is
+    left: of equally similar bank rows at the border of the neighbourhood the earlier row is taken, and of classes
+    equal in votes and in similarity the one with the lower index.
 
     Args:
         bank: (n, D) features of the training subjects.
@@ -65,7 +68,8 @@ def vote(labels: np.ndarray, similarity: np.ndarray, *, num_classes: int) -> np.
 
 
 def _l2_normalise(features: np.ndarray) -> np.ndarray:
-    # Mean CLS tokens of one encoder point in nearly the same direction: in float32 their cosines would agree in most digits.
+    # Mean CLS tokens of one encoder point in nearly the same direction: in float32 their cosines would agree in
+    # most digits.
     features = features.astype(np.float64)
     norms = np.linalg.norm(features, axis=1, keepdims=True)
     return features / np.where(norms > 0, norms, 1.0)

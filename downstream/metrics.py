@@ -1,7 +1,8 @@
-"""Metrics of a test set under case weights: ones give the metric, the counts of a bootstrap draw give that draw's metric.
+"""Metrics of a test set under case weights: ones give the metric, the counts of a bootstrap draw give that draw's
+metric.
 
-Every function takes ``weights`` (B, n), one row per draw, and returns (B,), so that thousands of draws cost a few array operations.
-A metric that a draw does not define (nobody drawn, or a class absent for an AUC) is NaN there.
+Every function takes ``weights`` (B, n), one row per draw, and returns (B,), so that thousands of draws cost a few
+array operations. A metric that a draw does not define (nobody drawn, or a class absent for an AUC) is NaN there.
 """
 
 import numpy as np
@@ -30,7 +31,8 @@ def mean_absolute_error(targets: np.ndarray, predicted: np.ndarray, *, weights: 
 
 
 def macro_auc(targets: np.ndarray, probabilities: np.ndarray, *, weights: np.ndarray) -> np.ndarray:
-    """Return the one-versus-rest ROC-AUC averaged over the classes with equal weight, (B,); two classes give the usual AUC.
+    """Return the one-versus-rest ROC-AUC averaged over the classes with equal weight, (B,); two classes give the
+    usual AUC.
 
     Args:
         targets: (n,) true class indices.

@@ -1,8 +1,8 @@
 """Lets stock nnU-Net find our trainers: adds their folder to ``nnUNet_extTrainer`` when Python starts.
 
-``braindino_nnunet.pth`` (and ``braindino_nnunet.start`` from Python 3.15 on) call :func:`register` at every start, so only the
-standard library is used and nothing else happens. ``BRAINDINO_NO_NNUNET_HOOK=1`` switches it off; the same can then be had with
-``eval "$(braindino nnunet env)"``.
+``braindino_nnunet.pth`` (and ``braindino_nnunet.start`` from Python 3.15 on) call :func:`register` at every start, so
+only the standard library is used and nothing else happens. ``BRAINDINO_NO_NNUNET_HOOK=1`` switches it off; the same
+can then be had with ``eval "$(braindino nnunet env)"``.
 """
 
 import os

@@ -1,5 +1,7 @@
 """The Primus-style decoder: from a grid of patch features to logits at full resolution, by four doublings."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,15 +21,17 @@ class ChannelLayerNorm(nn.LayerNorm):
 class PatchDecoder(nn.Module):
     """Logits (B, num_classes, 16 h, 16 w) from features (B, 4 D, h, w) of a ViT with patches of 16 pixels.
 
-    Four times: transposed convolution 2x2 with stride 2, LayerNorm over channels, GELU; the channels go
-    4D -> 2D -> D -> D/2 -> D/4, then a 1x1 convolution gives the classes (paper sec. 4.3.1: 25.07 M trained parameters for
-    ViT-B with three regions, the 4 -> 3 input fusion included).
+    Four times: transposed convolution 2x2 with stride 2, LayerNorm over channels, GELU; the channels go 4D -> 2D -> D
+    -> D/2 -> D/4, then a 1x1 convolution gives the classes (paper sec. 4.3.1: 25.07 M trained parameters for ViT-B
+    with three regions, the 4 -> 3 input fusion included).
     """
 
     def __init__(self, embed_dim: int, num_classes: int) -> None:
         super().__init__()
         if embed_dim % 4:
-            raise ValueError(f"PatchDecoder: embed_dim must be a multiple of 4 to be halved four times from 4D, found {embed_dim}")
+            raise ValueError(
+                f"PatchDecoder: embed_dim must be a multiple of 4 to be halved four times from 4D, found {embed_dim}"
+            )
         channels = [4 * embed_dim // 2**k for k in range(5)]
         self.stages = nn.ModuleList(
             nn.Sequential(
@@ -35,7 +39,7 @@ class PatchDecoder(nn.Module):
                 ChannelLayerNorm(after, eps=LAYER_NORM_EPS),
                 nn.GELU(),
             )
-            for before, after in zip(channels[:-1], channels[1:], strict=True)
+            for before, after in pairwise(channels)
         )
         self.to_logits = nn.Conv2d(channels[-1], num_classes, kernel_size=1)
         self.apply(_initialize)

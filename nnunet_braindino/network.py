@@ -1,4 +1,6 @@
-"""The segmentation network of the paper: sequences fused to three channels, a frozen ViT, a trained decoder (sec. 4.3.1)."""
+"""The segmentation network of the paper: sequences fused to three channels, a frozen ViT, a trained decoder (sec.
+4.3.1).
+"""
 
 from typing import NamedTuple
 
@@ -20,12 +22,12 @@ class ParameterCount(NamedTuple):
 class FrozenEncoderSegmenter(nn.Module):
     """Logits (B, num_classes, H, W) from images (B, num_input_channels, H, W); H and W are multiples of 16.
 
-    ``fusion`` is a 1x1 convolution to the encoder's three channels that starts as the average of the input channels. The
-    encoder is frozen: its parameters need no gradient and it stays in ``eval()`` whatever ``train()`` is called with. Its graph
-    is kept all the same, because the fusion sits before it and is trained through it.
+    ``fusion`` is a 1x1 convolution to the encoder's three channels that starts as the average of the input channels.
+    The encoder is frozen: its parameters need no gradient and it stays in ``eval()`` whatever ``train()`` is called
+    with. Its graph is kept all the same, because the fusion sits before it and is trained through it.
 
-    The decoder sees the patch tokens of four evenly spaced blocks ({2, 5, 8, 11} for twelve), each after the encoder's final
-    norm, concatenated along the channels.
+    The decoder sees the patch tokens of four evenly spaced blocks ({2, 5, 8, 11} for twelve), each after the
+    encoder's final norm, concatenated along the channels.
     """
 
     def __init__(self, encoder: VisionTransformer, *, num_input_channels: int, num_classes: int) -> None:

@@ -1,7 +1,8 @@
-"""nnU-Net v2 trainers with a frozen BrainDINO encoder (paper sec. 4.3.1); everything not said here is nnU-Net's default.
+"""nnU-Net v2 trainers with a frozen BrainDINO encoder (paper sec. 4.3.1); the rest is nnU-Net's default.
 
-Defaults that the paper asks for and nnU-Net already has: Dice + cross-entropy (binary for overlapping regions), gradient clip
-at norm 12, mixed precision on CUDA, 250 training and 50 validation iterations per epoch, standard augmentation.
+Defaults that the paper asks for and nnU-Net already has: Dice + cross-entropy (binary for overlapping regions),
+gradient clip at norm 12, mixed precision on CUDA, 250 training and 50 validation iterations per epoch, standard
+augmentation.
 """
 
 import os
@@ -34,9 +35,10 @@ BETAS = (0.9, 0.98)
 class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds trainers by names of this form)
     """Frozen encoder, trained 1x1 fusion and decoder, 256x256 axial patches, 100 epochs.
 
-    The encoder comes from the environment variable BRAINDINO_ENCODER while training (nnU-Net passes no options to trainers)
-    and from the checkpoint ever after: prediction needs neither the variable nor the file. Its architecture, hash and name are
-    kept in the plans under ``braindino``. The planner's batch size is rescaled to 256x256 patches at the same number of pixels.
+    The encoder comes from the environment variable BRAINDINO_ENCODER while training (nnU-Net passes no options to
+    trainers) and from the checkpoint ever after: prediction needs neither the variable nor the file. Its
+    architecture, hash and name are kept in the plans under ``braindino``. The planner's batch size is rescaled to
+    256x256 patches at the same number of pixels.
     """
 
     epochs = NUM_EPOCHS
@@ -75,13 +77,13 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """The network that the plans describe; its encoder's weights are not loaded here but by ``initialize`` (training) or
-        from the checkpoint (prediction). There is no deep supervision, whatever is asked for."""
+        """The network that the plans describe; its encoder's weights are not loaded here but by ``initialize``
+        (training) or from the checkpoint (prediction). There is no deep supervision, whatever is asked for."""
         identity = plans_manager.plans.get(PLANS_KEY)
         if identity is None:
             raise ValueError(
-                f"the plans hold no {PLANS_KEY!r} entry, so the encoder's architecture is unknown; expected the plans.json that "
-                "nnUNetTrainerBrainDINOFrozen wrote into the model folder"
+                f"the plans hold no {PLANS_KEY!r} entry, so the encoder's architecture is unknown; expected the "
+                "plans.json that nnUNetTrainerBrainDINOFrozen wrote into the model folder"
             )
         return FrozenEncoderSegmenter(
             VisionTransformer(**identity["architecture"]),
@@ -118,14 +120,17 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
         return rotation, dummy_2d, initial_patch_size, mirror_axes
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Continue (``--c``) or validate (``--val``); the encoder must be the one that the checkpoint was trained with."""
+        """Continue (``--c``) or validate (``--val``); the encoder must be the one that the checkpoint was trained
+        with.
+        """
         super().load_checkpoint(filename_or_checkpoint)
         trained_with = self.my_init_kwargs["plans"][PLANS_KEY]
         given = self.plans_manager.plans[PLANS_KEY]
         if trained_with["sha256"] != given["sha256"]:
             raise ValueError(
-                f"{filename_or_checkpoint} was trained with encoder {trained_with['name']} (sha256 {trained_with['sha256']}), "
-                f"but {ENCODER_VARIABLE} gives {given['name']} (sha256 {given['sha256']}); set it to the first"
+                f"{filename_or_checkpoint} was trained with encoder {trained_with['name']} "
+                f"(sha256 {trained_with['sha256']}), but {ENCODER_VARIABLE} gives {given['name']} "
+                f"(sha256 {given['sha256']}); set it to the first"
             )
 
     def _plain_network(self) -> FrozenEncoderSegmenter:
@@ -135,7 +140,9 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
 
 
 class nnUNetTrainerBrainDINOFrozen_demo(nnUNetTrainerBrainDINOFrozen):  # noqa: N801
-    """A minute or two on two CPU cores with ViT tiny: 6 epochs of 25 iterations, no mirroring. Not a serious training."""
+    """A minute or two on two CPU cores with ViT tiny: 6 epochs of 25 iterations, no mirroring. Not a serious
+    training.
+    """
 
     epochs = 6
     iterations = 25
@@ -146,7 +153,9 @@ class nnUNetTrainerBrainDINOFrozen_demo(nnUNetTrainerBrainDINOFrozen):  # noqa: 
 
 
 class nnUNetTrainerBrainDINOFrozen_10epochs(nnUNetTrainerBrainDINOFrozen):  # noqa: N801
-    """Some minutes on two CPU cores with ViT tiny: 10 epochs of 50 iterations, no mirroring, for small real datasets."""
+    """Some minutes on two CPU cores with ViT tiny: 10 epochs of 50 iterations, no mirroring, for small real
+    datasets.
+    """
 
     epochs = 10
     iterations = 50
@@ -165,8 +174,9 @@ def encoder_from_environment() -> VisionTransformer:
     name = os.environ.get(ENCODER_VARIABLE, "")
     if not name:
         raise ValueError(
-            f"{ENCODER_VARIABLE} is not set, so there is no encoder to train with. Set it to a folder or file of weights, e.g. "
-            f"export {ENCODER_VARIABLE}=RUN/encoder, or to a name such as untrained:vit_tiny. (Prediction does not need it.)"
+            f"{ENCODER_VARIABLE} is not set, so there is no encoder to train with. Set it to a folder or file of "
+            f"weights, e.g. export {ENCODER_VARIABLE}=RUN/encoder, or to a name such as untrained:vit_tiny. "
+            "(Prediction does not need it.)"
         )
     return load_encoder(name)
 
@@ -177,7 +187,8 @@ def encoder_identity(encoder: VisionTransformer) -> dict[str, Any]:
 
 
 def fit_plans(plans: dict, configuration: str, *, largest_batch: int | None = None) -> None:
-    """Change the configuration in place to 256x256 patches, at most as many pixels per batch as planned, at least two patches.
+    """Change the configuration in place to 256x256 patches, at most as many pixels per batch as planned, at least two
+    patches.
 
     Raises:
         ValueError: the configuration is not two-dimensional.
@@ -185,10 +196,12 @@ def fit_plans(plans: dict, configuration: str, *, largest_batch: int | None = No
     planned = PlansManager(plans).get_configuration(configuration)
     if len(planned.patch_size) != 2:
         raise ValueError(
-            f"configuration {configuration!r} has {len(planned.patch_size)}-dimensional patches, but the encoder sees slices; "
-            "train with configuration 2d: nnUNetv2_train DATASET 2d FOLD -tr nnUNetTrainerBrainDINOFrozen"
+            f"configuration {configuration!r} has {len(planned.patch_size)}-dimensional patches, but the encoder sees "
+            "slices; train with configuration 2d: nnUNetv2_train DATASET 2d FOLD -tr nnUNetTrainerBrainDINOFrozen"
         )
-    assert all(size % 16 == 0 for size in PATCH_SIZE), f"patch size {PATCH_SIZE} must be a multiple of the ViT's 16 pixels"
+    assert all(size % 16 == 0 for size in PATCH_SIZE), (
+        f"patch size {PATCH_SIZE} must be a multiple of the ViT's 16 pixels"
+    )
     planned_pixels = planned.batch_size * planned.patch_size[0] * planned.patch_size[1]
     batch_size = max(MIN_BATCH_SIZE, planned_pixels // (PATCH_SIZE[0] * PATCH_SIZE[1]))
     if largest_batch is not None:
@@ -197,17 +210,19 @@ def fit_plans(plans: dict, configuration: str, *, largest_batch: int | None = No
 
 
 def plan_warnings(plans: dict, configuration: str) -> list[str]:
-    """What in nnU-Net's plans keeps the encoder from seeing the slices that it was trained on, and what to do about it."""
+    """What in nnU-Net's plans keeps the encoder from seeing the slices that it was trained on, and what to do about
+    it.
+    """
     warnings = []
     if list(plans["transpose_forward"]) != [0, 1, 2]:
         warnings.append(
             f"slices are not axial: nnU-Net cuts along the axis with the largest voxels (transpose_forward "
-            f"{list(plans['transpose_forward'])}), the encoder was trained on axial slices. Resample the images so that no axis "
-            "is coarser than the vertical one, convert them with `braindino nnunet`, then plan and preprocess again"
+            f"{list(plans['transpose_forward'])}), the encoder was trained on axial slices. Resample the images so that "
+            "no axis is coarser than the vertical one, convert them with `braindino nnunet`, then plan again"
         )
     if not all(PlansManager(plans).get_configuration(configuration).use_mask_for_norm):
         warnings.append(
-            "nnU-Net normalises over the whole image, because zeros make up less than a quarter of it: background is then not 0, "
-            "as it is in the slices that the encoder was trained on. Strip the skull before converting"
+            "nnU-Net normalises over the whole image, because zeros make up less than a quarter of it: background is "
+            "then not 0, as it is in the slices that the encoder was trained on. Strip the skull before converting"
         )
     return warnings

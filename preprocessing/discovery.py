@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from braindino.manifest import Scan
 from braindino.preprocessing.naming import NameFacts, is_nifti_name, read_name
+
+from braindino.manifest import Scan
 
 _MAGIC = re.compile(r"[*?\[]")
 _INSIDE_BIDS = re.compile(r"(sub|ses)-.+|anat")
@@ -41,7 +42,9 @@ def find_inputs(sources: Iterable[str], *, exclude_dir: Path) -> list[Input]:
     for source in sources:
         inputs = [item for item in _expand(source) if excluded not in item.path.parents]
         if not inputs:
-            raise ValueError(f"{source}: no file ending in .nii or .nii.gz in it; expected a folder with scans, a scan or a pattern")
+            raise ValueError(
+                f"{source}: no file ending in .nii or .nii.gz in it; expected a folder with scans, a scan or a pattern"
+            )
         for item in inputs:
             found.setdefault(item.path, item)
     return sorted(found.values())

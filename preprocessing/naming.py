@@ -20,11 +20,10 @@ SEQUENCE_OF_TOKEN = {
 }
 CONTRAST_AGENT_TOKENS = frozenset({"ce", "gd", "gad", "gadolinium"})
 LABEL_TOKENS = frozenset(
-    "mask masks brainmask seg dseg probseg aseg aparc parc segmentation segmentations label labels labelmap tissue tissues pve roi".split()
+    ["mask", "masks", "brainmask", "seg", "dseg", "probseg", "aseg", "aparc", "parc", "segmentation", "segmentations", "label", "labels", "labelmap", "tissue", "tissues", "pve", "roi"]
 )
 OTHER_MODALITY_TOKENS = frozenset(
-    """dwi dti adc trace fa md bold fmri rest func perf perfusion dsc dce asl pwi cbf cbv swi swan mra tof angio pd pdw t2s t2star
-    t2starw t1map t2map ct pet phase magnitude fieldmap fmap epi sbref localizer localiser scout survey""".split()
+    ["dwi", "dti", "adc", "trace", "fa", "md", "bold", "fmri", "rest", "func", "perf", "perfusion", "dsc", "dce", "asl", "pwi", "cbf", "cbv", "swi", "swan", "mra", "tof", "angio", "pd", "pdw", "t2s", "t2star", "t2starw", "t1map", "t2map", "ct", "pet", "phase", "magnitude", "fieldmap", "fmap", "epi", "sbref", "localizer", "localiser", "scout", "survey"]
 )
 SEQUENCE_OF_BIDS_SUFFIX = {"T1w": "T1", "T2w": "T2", "FLAIR": "FLAIR"}
 BIDS_LABEL_SUFFIXES = frozenset({"mask", "dseg", "probseg"})
@@ -81,7 +80,9 @@ def read_name(
     if relative_path.name.startswith("."):
         facts = replace(facts, skip="hidden_file: its name starts with a dot")
     elif "derivatives" in relative_path.parts[:-1]:
-        facts = replace(facts, skip="derivative: below a derivatives folder; give that folder itself as SOURCE to take it")
+        facts = replace(
+            facts, skip="derivative: below a derivatives folder; give that folder itself as SOURCE to take it"
+        )
     if facts.skip:
         return facts
     if subject_pattern is not None:
@@ -152,7 +153,9 @@ def _apply_pattern(facts: NameFacts, pattern: re.Pattern[str], relative_path: Pu
         )
     groups = {name: value for name, value in match.groupdict().items() if value}
     if "subject" not in groups:
-        raise ValueError(f"--subject-pattern {pattern.pattern!r}: group 'subject' is empty for {relative_path.as_posix()!r}")
+        raise ValueError(
+            f"--subject-pattern {pattern.pattern!r}: group 'subject' is empty for {relative_path.as_posix()!r}"
+        )
     found = groups.get("sequence")
     if found:
         groups["sequence"] = _sequence_of([found.lower()])
@@ -162,4 +165,3 @@ def _apply_pattern(facts: NameFacts, pattern: re.Pattern[str], relative_path: Pu
                 f"expected one of {', '.join(sorted(SEQUENCE_OF_TOKEN))}"
             )
     return replace(facts, **groups)
-

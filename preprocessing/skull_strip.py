@@ -104,7 +104,9 @@ class HdBetOffline:
 
         image, spacing = _to_model_axes(volume)
         resampled = self._resample(image, spacing, spacing_target=(OFFLINE_SPACING_MM,) * 3)
-        extents = [max(OFFLINE_MIN_EXTENT, -(-extent // OFFLINE_MULTIPLE) * OFFLINE_MULTIPLE) for extent in resampled.shape]
+        extents = [
+            max(OFFLINE_MIN_EXTENT, -(-extent // OFFLINE_MULTIPLE) * OFFLINE_MULTIPLE) for extent in resampled.shape
+        ]
         padded = np.pad(resampled, [(0, to - extent) for to, extent in zip(extents, resampled.shape, strict=True)])
         with torch.inference_mode():
             brain = self._network(torch.from_numpy(padded)[None, None].to(self._device))[:, 1:2]
@@ -175,7 +177,9 @@ def check_brain_mask(mask: np.ndarray, volume: Volume) -> float:
     brain_ml = np.count_nonzero(mask) * voxel_ml(volume)
     low, high = BRAIN_ML_RANGE
     if not low <= brain_ml <= high:
-        raise VolumeError("bad_brain_mask", f"the mask has {brain_ml:.0f} ml; expected a brain of {low:.0f} to {high:.0f} ml")
+        raise VolumeError(
+            "bad_brain_mask", f"the mask has {brain_ml:.0f} ml; expected a brain of {low:.0f} to {high:.0f} ml"
+        )
     # Air is dark in every sequence used here; a tenth of the bright end separates it from tissue well enough for a coarse gate.
     head = volume.data > 0.1 * np.percentile(volume.data, 98)
     fraction = np.count_nonzero(mask & head) / max(1, np.count_nonzero(head))

@@ -1,8 +1,8 @@
 """Random crops of slices as two matrix products.
 
-A random resized crop (bicubic, antialiased), a horizontal flip and a Gaussian blur are all linear and separable, so that
-a whole crop is rows @ slice @ columns^T. The two matrices are built from a handful of random numbers; the product is the
-same batched matmul on the CPU and on the GPU, on one-channel slices.
+A random resized crop (bicubic, antialiased), a horizontal flip and a Gaussian blur are all linear and separable, so
+that a whole crop is rows @ slice @ columns^T. The two matrices are built from a handful of random numbers; the product
+is the same batched matmul on the CPU and on the GPU, on one-channel slices.
 """
 
 import math
@@ -16,7 +16,7 @@ CROP_ATTEMPTS = 10
 
 
 class CropParameters(NamedTuple):
-    """What was drawn for n crops; boxes in pixels of the canvas, sigma in pixels of the crop (0 = no blur). (n,) each."""
+    """What was drawn for n crops, (n,) each: boxes in px of the canvas, blur sigma in px of the crop (0 = none)."""
 
     top: Tensor
     left: Tensor
@@ -66,7 +66,7 @@ def draw_crops(
 
 
 def render_crops(slices: Tensor, crops: CropParameters, *, size: int, canvas_size: int) -> Tensor:
-    """The crops of square slices (n, S, S), resized to (n, 1, size, size), in the dtype and on the device of the slices.
+    """The crops of square slices (n, S, S), resized to (n, 1, size, size), on the device of the slices.
 
     canvas_size != S stands for slices interpolated to a canvas of that side before cropping: the box is scaled back to
     the slice and resampled once, which shows the same field of view without interpolating twice.
@@ -83,7 +83,7 @@ def render_crops(slices: Tensor, crops: CropParameters, *, size: int, canvas_siz
 
 
 def resize_matrix(start: Tensor, length: Tensor, *, size: int, source_size: int) -> Tensor:
-    """Bicubic antialiased resampling of [start, start + length) pixels to `size` pixels: (n,) -> (n, size, source_size).
+    """Bicubic antialiased resampling of px [start, start + length) to `size` px: (n,) -> (n, size, source_size).
 
     Keys' kernel (a = -0.5), widened by length / size when shrinking; only pixels that the box touches have weight, and
     each row sums to 1: what torchvision does for resized_crop(..., BICUBIC, antialias=True) when borders are whole.
@@ -100,7 +100,7 @@ def resize_matrix(start: Tensor, length: Tensor, *, size: int, source_size: int)
 
 
 def blur_rows(matrices: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur along the second-last axis, reflected at the ends; sigma (n,) in rows, 0 leaves a matrix as it is."""
+    """Gaussian blur along the second-last axis, reflected at the ends; sigma (n,) in rows, 0 = no blur."""
     half = BLUR_KERNEL // 2
     offsets = torch.arange(-half, half + 1, device=matrices.device, dtype=matrices.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma.clamp_min(1e-3)[:, None]) ** 2)

@@ -1,7 +1,7 @@
-"""Every setting of a pretraining run, with its unit and its source, and the recipes.
+"""Every setting of a pretraining run, with its unit and its source; the defaults are those of recipe `stage1`.
 
 "paper" is sec. 4.2 of the BrainDINO paper. Where it is silent the value is the one its ancestors use: "DINOv3" is that
-code's ViT-L ImageNet-1k setting (the file MedDINOv3's author names as his), "DINOv3 7B" the setting of its largest model.
+code's ViT-L ImageNet-1k setting (the file MedDINOv3's author names as his), "DINOv3 7B" that of its largest model.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 import yaml
 
 from braindino.pretrain.schedules import LrScaling
@@ -68,8 +67,8 @@ class CropConfig:
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Aspect ratio of the crop's box, width / height, log-uniform (DINOv3)."""
     canvas_size: int = SLICE_SIZE
-    """Side of the canvas on which boxes are drawn, px. 1024 stands for slices interpolated to 1024 before cropping (paper,
-    high-resolution stage); the box is then resampled once, straight from the 256 px slice."""
+    """Side of the canvas on which boxes are drawn, px. 1024 stands for slices interpolated to 1024 before cropping
+    (paper, high-resolution stage); the box is then resampled once, straight from the 256 px slice."""
     flip_probability: float = 0.5
     """Probability of a left-right flip (paper: random; 0.5 in DINOv3)."""
     blur_probabilities: tuple[float, float, float] = (0.0, 0.9, 0.5)
@@ -152,8 +151,8 @@ class OptimizerConfig:
     base_lr: float = 1e-4
     """Peak learning rate before scaling with the batch (paper: "peak base learning rate")."""
     lr_scaling: LrScaling = "dinov3"
-    """How the batch size B scales it: "dinov3" 4 sqrt(B / 1024), "sqrt" sqrt(B / 1024), "none" 1. The paper does not say;
-    DINOv3's rule makes 4e-4 of 1e-4 at the paper's B = 1024."""
+    """How the batch size B scales it: "dinov3" 4 sqrt(B / 1024), "sqrt" sqrt(B / 1024), "none" 1. The paper does not
+    say; DINOv3's rule makes 4e-4 of 1e-4 at the paper's B = 1024."""
     min_lr: float = 1e-6
     """Learning rate at the last iteration, not scaled (DINOv3)."""
     warmup_iterations: int = 10_000
@@ -226,87 +225,16 @@ class PretrainConfig:
         _check(self, "num_workers", 0)
         if self.batch_size < 2:
             raise ValueError(
-                f"batch_size: found {self.batch_size}; expected 2 or more, since KoLeo spreads the slices of a batch apart "
-                "and one slice has no neighbour"
+                f"batch_size: found {self.batch_size}; expected 2 or more, since KoLeo spreads the slices of a batch "
+                "apart and one slice has no neighbour"
             )
 
 
-# Settings that may differ between a run and its resumption: they say where and how, not what is computed. The store and the
-# excluded subjects are compared by their fingerprints instead of by their paths.
+# Settings that may differ between a run and its resumption: they say where and how, not what is computed. The store and
+# the excluded subjects are compared by their content instead of by their paths.
 RUNTIME_SETTINGS = frozenset(
     {"store", "out", "exclude_subjects", "num_workers", "device", "checkpoint_every", "log_every"}
 )
-
-
-def _stage1() -> PretrainConfig:
-    return PretrainConfig(store=tyro.MISSING, out=tyro.MISSING)
-
-
-def _stage2() -> PretrainConfig:
-    return PretrainConfig(
-        store=tyro.MISSING,
-        out=tyro.MISSING,
-        iterations=10_000,
-        batch_size=56,
-        checkpoint_every=500,
-        crops=CropConfig(
-            global_sizes=(512, 768, 768, 768, 768),
-            local_sizes=(112, 112, 168, 224, 336),
-            pair_ratios=(0.30, 0.30, 0.30, 0.05, 0.05),
-            canvas_size=1024,
-        ),
-        # The paper gives no temperature or learning rate for this stage. The teacher continues at the temperature stage 1
-        # ended with and the prototypes are not frozen again; the rate is the one DINOv3 7B's stage reaches.
-        loss=LossConfig(teacher_temperature=(0.07, 0.07), teacher_temperature_iterations=0),
-        optimizer=OptimizerConfig(base_lr=1.25e-5, warmup_iterations=1_000, last_layer_freeze_iterations=0),
-    )
-
-
-def _debug() -> PretrainConfig:
-    return PretrainConfig(
-        store=tyro.MISSING,
-        out=tyro.MISSING,
-        iterations=12,
-        batch_size=4,
-        checkpoint_every=4,
-        log_every=1,
-        num_workers=0,
-        model=ModelConfig(
-            architecture="vit_tiny", drop_path=0.2, num_prototypes=128, head_hidden_dim=64, head_bottleneck_dim=32
-        ),
-        crops=CropConfig(global_sizes=(64,), local_sizes=(32,), num_local=2),
-        loss=LossConfig(teacher_temperature_iterations=6),
-        optimizer=OptimizerConfig(
-            base_lr=1e-3, lr_scaling="none", warmup_iterations=3, last_layer_freeze_iterations=2, teacher_momentum=0.9
-        ),
-    )
-
-
-def _demo() -> PretrainConfig:
-    return PretrainConfig(
-        out=Path("demo/pretrain"),
-        iterations=300,
-        batch_size=16,
-        checkpoint_every=50,
-        log_every=2,
-        num_workers=0,
-        model=ModelConfig(
-            architecture="vit_tiny", drop_path=0.0, num_prototypes=1024, head_hidden_dim=512, head_bottleneck_dim=64
-        ),
-        crops=CropConfig(global_sizes=(96,), local_sizes=(48,), num_local=4),
-        loss=LossConfig(teacher_temperature_iterations=100),
-        optimizer=OptimizerConfig(
-            base_lr=1e-3, lr_scaling="none", warmup_iterations=30, last_layer_freeze_iterations=10, teacher_momentum=0.98
-        ),
-    )
-
-
-RECIPES: dict[str, tuple[str, PretrainConfig]] = {
-    "stage1": ("The paper's pretraining: ViT-B/16, 500,000 iterations.", _stage1()),
-    "stage2": ("The paper's high-resolution stage: five pairs of crop sizes, 10,000 iterations.", _stage2()),
-    "debug": ("A dozen iterations of a tiny model, to see that everything works.", _debug()),
-    "demo": ("A tiny model that learns something in a few minutes on two CPU cores.", _demo()),
-}
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which slices an iteration sees, and reading them.
 
-The batch of iteration i is a function of the seed and of i alone: resuming means starting to count at another i, and the
-number of reading processes makes no difference.
+The batch of iteration i is a function of the seed and of i alone: resuming means starting to count at another i, and
+the number of reading processes makes no difference.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class SliceSampler:
     """
 
     def __init__(self, scan_index: np.ndarray, *, batch_size: int, seed: int, usable: np.ndarray | None = None) -> None:
-        """scan_index (num_slices,): row of each slice's scan. usable: indices of the slices to draw from; None = all."""
+        """scan_index (num_slices,): row of each slice's scan. usable: indices of slices to draw from; None = all."""
         self.indices = np.arange(len(scan_index)) if usable is None else np.asarray(usable)
         if len(self.indices) < batch_size:
             raise ValueError(
@@ -69,7 +69,7 @@ class SliceSampler:
         """All usable store indices in the order of an epoch."""
         if self._order[0] != epoch:
             rng = numpy_generator(self.seed, int(epoch), "slices")
-            # Slice number j of n, in a random order within its scan, goes to a random place in the j-th n-th of the epoch.
+            # Slice number j of the n of its scan, in random order, goes to a random place in the j-th part of n.
             shuffled = rng.permutation(len(self.indices))
             by_scan = shuffled[np.argsort(self._scans[shuffled], kind="stable")]
             _, first, counts = np.unique(self._scans[by_scan], return_index=True, return_counts=True)

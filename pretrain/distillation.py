@@ -88,8 +88,8 @@ def distillation_objective(
 ) -> Objective:
     """L = L_DINO + ibot_weight L_iBOT + koleo_weight (KoLeo(g1) + KoLeo(g2)).
 
-    The teacher sees the global crops whole and its iBOT head only the patches that are masked for the student; the student
-    sees all crops in one pass. `generator` draws the student's drop path.
+    The teacher sees the global crops whole and its iBOT head only the patches that are masked for the student; the
+    student sees all crops in one pass. `generator` draws the student's drop path.
     """
     num_global = views.global_crops.shape[0]
     batch = num_global // 2
@@ -140,7 +140,7 @@ def distillation_objective(
 def expected_initial_loss(
     num_prototypes: int, *, masked_fraction: float, ibot_weight: float, koleo_weight: float, koleo: float
 ) -> float:
-    """What the objective is before anything is learnt: (1 + weight * masked fraction of crops) ln K + KoLeo as measured.
+    """What the objective is before anything is learnt: (1 + weight * masked fraction) ln K + KoLeo as measured.
 
     With half the crops masked, 1.5 ln K: 16.6 for 65,536 prototypes.
     """

@@ -55,7 +55,7 @@ def cross_entropy_rows(logits: Tensor, targets: Tensor, *, temperature: float) -
 def dino_loss(
     student_global: Tensor, student_local: Tensor | None, teacher: Tensor, *, temperature: float = 0.1
 ) -> DinoLoss:
-    """Cross-entropy between teacher and student distributions of the CLS token over all pairs of different crops (Eq. 1).
+    """Cross-entropy between teacher and student distributions of the CLS token over pairs of crops (Eq. 1).
 
     student_global (2, B, K) and student_local (L, B, K) are logits, teacher (2, B, K) probabilities. A global crop is
     never compared with itself (the diagonal i = j is left out), so that with H(q, s) averaged over the batch
@@ -90,10 +90,12 @@ def ibot_loss(
 
 
 def koleo_loss(features: Tensor) -> Tensor:
-    """Kozachenko-Leonenko regulariser of one global crop: -mean_i log min_{j != i} |x_i - x_j|, x L2-normalised. (B, D).
+    """Kozachenko-Leonenko regulariser of one global crop, features (B, D) -> scalar:
 
-    In float32 even under autocast: neighbouring brain slices are so alike that bfloat16 distorts their distances. A pair
-    of exact duplicates (the same empty slice twice) adds the finite -log(DUPLICATE_DISTANCE) and no gradient.
+        L = -1/B  sum_i log min_{j != i} |x_i - x_j|,      x L2-normalised.
+
+    In float32 even under autocast: neighbouring brain slices are so alike that bfloat16 distorts their distances. A
+    pair of exact duplicates (the same empty slice twice) adds the finite -log(DUPLICATE_DISTANCE) and no gradient.
     """
     if features.shape[0] < 2:
         raise ValueError(

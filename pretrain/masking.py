@@ -17,11 +17,11 @@ def batch_masks(
     ratios: tuple[float, float] = (0.1, 0.5),
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Masks of all global crops of a batch: (num_images, grid height * grid width) bool, True = hidden from the student.
+    """Masks of all global crops of a batch: (num_images, grid rows * columns) bool, True = hidden from the student.
 
-    Exactly int(num_images * probability) images are masked, whichever they are. Their mask sizes form a fixed ladder from
-    the lower to the upper ratio, dealt out at random, so that the ratio is uniform over the batch and the number of
-    masked patches is the same in every iteration (19,610 for 512 crops of 16 x 16 patches).
+    Exactly int(num_images * probability) images are masked, whichever they are. Their mask sizes form a fixed ladder
+    from the lower to the upper ratio, dealt out at random, so that the ratio is uniform over the batch and the number
+    of masked patches is the same in every iteration (19,610 for 512 crops of 16 x 16 patches).
     """
     height, width = grid
     sizes = mask_sizes(num_images, height * width, probability=probability, ratios=ratios)

@@ -1,4 +1,4 @@
-"""What a run is: RUN/config.yaml (its settings) and RUN/run.json (recipe, data, versions), written once, then compared."""
+"""What a run is: RUN/config.yaml (settings) and RUN/run.json (recipe, data, versions), written once, then compared."""
 
 import json
 from typing import Any
@@ -51,5 +51,3 @@ def _changed_data(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if before["subjects"] != after["subjects"]:
         changes.append(f"excluded subjects: {len(before['subjects'])} -> {len(after['subjects'])}, not the same ones")
     return changes
-
-

@@ -38,8 +38,10 @@ def warmup_cosine(iterations: int, *, peak: float, final: float, warmup: int) ->
 
 def linear_then_constant(iterations: int, *, start: float, end: float, ramp: int) -> np.ndarray:
     """Linear from start at iteration 0 to end at iteration `ramp`, constant afterwards."""
-    return start + (end - start) * np.clip(np.arange(iterations) / max(1, ramp), 0, 1) if ramp else np.full(
-        iterations, float(end)
+    return (
+        start + (end - start) * np.clip(np.arange(iterations) / max(1, ramp), 0, 1)
+        if ramp
+        else np.full(iterations, float(end))
     )
 
 
@@ -63,7 +65,5 @@ def build_schedules(
         last_layer_lr=np.where(np.arange(iterations) < last_layer_freeze_iterations, 0.0, lr),
         weight_decay=np.full(iterations, weight_decay),
         momentum=np.full(iterations, teacher_momentum),
-        teacher_temperature=linear_then_constant(
-            iterations, start=start, end=end, ramp=teacher_temperature_iterations
-        ),
+        teacher_temperature=linear_then_constant(iterations, start=start, end=end, ramp=teacher_temperature_iterations),
     )

@@ -1,8 +1,10 @@
-"""Pretrain an encoder by self-distillation on the slices of a store: `python pretrain/train.py RECIPE --store DIR --out RUN`.
+"""Pretrain an encoder by self-distillation on the slices of a store.
+
+    python pretrain/train.py RECIPE --store DIR --out RUN
 
 Recipes are the starting points (stage1, stage2, debug, demo); every setting is a flag, and `--config FILE` lays the
-settings of a YAML file over the recipe. Starting again with the same --out resumes. RUN then holds config.yaml, run.json,
-metrics.jsonl, progress.png, checkpoints/ and encoder/ (the teacher, readable by `braindino.load_encoder`).
+settings of a YAML file over the recipe. Starting again with the same --out resumes. RUN then holds config.yaml,
+run.json, metrics.jsonl, progress.png, checkpoints/ and encoder/ (the teacher, for `braindino.load_encoder`).
 """
 
 import argparse
@@ -17,7 +19,7 @@ import tyro
 
 from braindino.lock import lock_folder
 from braindino.pretrain.checkpoint import Checkpoint, checkpoint_folders, load_newest_checkpoint, save_checkpoint
-from braindino.pretrain.config import RECIPES, PATCH_SIZE, PretrainConfig, config_to_dict, overlay, read_config_file
+from braindino.pretrain.config import PATCH_SIZE, PretrainConfig, config_to_dict, overlay, read_config_file
 from braindino.pretrain.data import (
     BatchReader,
     SliceSampler,
@@ -40,6 +42,7 @@ from braindino.pretrain.metrics import append_metrics, drop_metrics_after, read_
 from braindino.pretrain.optimizer import build_adamw, clip_gradients, parameter_groups, set_rates, update_teacher
 from braindino.pretrain.progress import draw_progress
 from braindino.pretrain.randomness import torch_generator
+from braindino.pretrain.recipes import RECIPES
 from braindino.pretrain.run_record import record_run
 from braindino.pretrain.schedules import build_schedules, effective_lr
 from braindino.pretrain.views import build_views
@@ -47,6 +50,7 @@ from braindino.progress import track
 from braindino.slice_store import SliceStore
 from braindino.weights import save_encoder
 
+LOGGED_TERMS = ("loss", "dino", "dino_global", "dino_local", "ibot", "koleo")
 MAX_SCANS_NAMED = 20
 
 
@@ -149,7 +153,15 @@ def pretrain(config: PretrainConfig, *, recipe: str) -> None:
             start_from_teacher(student, teacher, config.init_from)
         metrics_path = config.out / "metrics.jsonl"
         drop_metrics_after(metrics_path, start)
-        describe(config, recipe, device, store, len(usable), peak_lr, checkpoint)
+        describe(
+            config,
+            recipe=recipe,
+            device=device,
+            store=store,
+            num_slices=len(usable),
+            peak_lr=peak_lr,
+            checkpoint=checkpoint,
+        )
 
         # ---- loop
         loader = build_loader(
@@ -161,9 +173,8 @@ def pretrain(config: PretrainConfig, *, recipe: str) -> None:
         student.train()
         first_bad = torch.full((), -1, device=device)
         last_logged, last_time = start, time.perf_counter()
-        for iteration, batch in zip(
-            range(start, config.iterations), track(loader, total=config.iterations - start, desc="pretrain")
-        ):
+        batches = track(loader, total=config.iterations - start, desc="pretrain")
+        for iteration, batch in enumerate(batches, start=start):
             done = iteration + 1
             views = build_views(
                 batch.slices,
@@ -252,7 +263,15 @@ def pretrain(config: PretrainConfig, *, recipe: str) -> None:
 
             # ---- save
             if save_now:
-                save(config, recipe, done, student, teacher, optimizer, store)
+                save(
+                    config,
+                    recipe=recipe,
+                    iteration=done,
+                    student=student,
+                    teacher=teacher,
+                    optimizer=optimizer,
+                    store=store,
+                )
                 print(
                     f"iteration {done}: loss {row['loss']:.3f} (DINO {row['dino']:.3f}, iBOT {row['ibot']:.3f}, "
                     f"KoLeo {row['koleo']:.3f}), {row['slices_per_second']:g} slices/s, saved",
@@ -265,10 +284,7 @@ def pretrain(config: PretrainConfig, *, recipe: str) -> None:
         if start == config.iterations:
             save_teacher_encoder(config, recipe, start, teacher, store)
             print(f"{config.out} is finished: all {start} iterations are done", flush=True)
-        print(f"encoder: {config.out / 'encoder'} (braindino.load_encoder({str(config.out / 'encoder')!r}))", flush=True)
-
-
-LOGGED_TERMS = ("loss", "dino", "dino_global", "dino_local", "ibot", "koleo")
+        print(f"encoder: braindino.load_encoder({str(config.out / 'encoder')!r})", flush=True)
 
 
 def start_from_teacher(student: Network, teacher: Network, run_dir: Path) -> None:
@@ -298,6 +314,7 @@ def start_from_teacher(student: Network, teacher: Network, run_dir: Path) -> Non
 
 def describe(
     config: PretrainConfig,
+    *,
     recipe: str,
     device: torch.device,
     store: SliceStore,
@@ -308,8 +325,8 @@ def describe(
     """Say what is about to run."""
     kept_out = f" ({len(store) - num_slices} of excluded subjects left out)" if num_slices < len(store) else ""
     print(
-        f"recipe {recipe}: {config.model.architecture}, K = {config.model.num_prototypes}, {config.iterations} iterations "
-        f"of {config.batch_size} slices on {device.type}\n"
+        f"recipe {recipe}: {config.model.architecture}, K = {config.model.num_prototypes}, "
+        f"{config.iterations} iterations of {config.batch_size} slices on {device.type}\n"
         f"slices: {num_slices} of {len(store.scans)} scans in {config.store}{kept_out}\n"
         f"peak learning rate {peak_lr:.3g} (base {config.optimizer.base_lr:g}, rule {config.optimizer.lr_scaling}, "
         f"batch {config.batch_size})",
@@ -321,6 +338,7 @@ def describe(
 
 def save(
     config: PretrainConfig,
+    *,
     recipe: str,
     iteration: int,
     student: Network,
@@ -344,7 +362,7 @@ def save(
         read_metrics(config.out / "metrics.jsonl"),
         config.out / "progress.png",
         num_prototypes=config.model.num_prototypes,
-        title=f"{config.out.name}: {recipe}, {config.model.architecture}, {iteration} of {config.iterations} iterations",
+        title=f"{recipe}, {config.model.architecture}: {iteration} of {config.iterations} iterations",
     )
 
 
@@ -368,8 +386,8 @@ def non_finite_message(run_dir: Path, iteration: int, reader: BatchReader) -> st
     )
     saved = checkpoint_folders(run_dir)
     return (
-        f"iteration {iteration + 1}: loss or gradient is not finite. Scans of its batch: {named}. Newest checkpoint, from "
-        f"before it: {saved[0] if saved else 'none'}. Look at these scans, or lower the learning rate"
+        f"iteration {iteration + 1}: loss or gradient is not finite. Scans of its batch: {named}. Newest checkpoint, "
+        f"from before it: {saved[0] if saved else 'none'}. Look at these scans, or lower the learning rate"
     )
 
 

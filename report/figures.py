@@ -18,6 +18,8 @@ SERIES = tuple(THEME[f"series-{number}"][0] for number in (1, 2, 3, 4))
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "braindino",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
     "axes.edgecolor": SOFT,
     "axes.labelcolor": SOFT,
@@ -41,6 +43,7 @@ STYLE = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
+MARKERS = "osv^"
 SIMILARITY_COLOURS = "RdBu_r"
 SMOOTH_FROM_POINTS = 100
 SVG_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -129,7 +132,7 @@ def interval_figure(estimates: Sequence[Estimate], *, xlabel: str, limits: tuple
             colour = NEUTRAL if estimate.series is None else SERIES[estimate.series]
             if math.isfinite(estimate.low) and math.isfinite(estimate.high):
                 axes.plot([estimate.low, estimate.high], [height, height], color=colour, linewidth=2.4, solid_capstyle="round")
-            marker, face = ("D", "none") if estimate.series is None else ("osv^"[estimate.series], colour)
+            marker, face = ("D", "none") if estimate.series is None else (MARKERS[estimate.series], colour)
             axes.plot([estimate.value], [height], marker=marker, color=colour, markerfacecolor=face, markersize=6.5, linestyle="none")
         axes.set_yticks(range(len(estimates)), [estimate.label for estimate in estimates])
         axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=10)
@@ -139,6 +142,34 @@ def interval_figure(estimates: Sequence[Estimate], *, xlabel: str, limits: tuple
         axes.set_xlabel(xlabel)
         if limits is not None:
             axes.set_xlim(*limits)
+    return figure
+
+
+def dice_figure(scores: Mapping[str, Mapping[str, Sequence[float]]], regions: Sequence[str]) -> Figure:
+    """One panel per region: a row per set of predictions, a small dot per case, a large one for the mean.
+
+    Args:
+        scores: predictions -> region -> Dice per case.
+        regions: panels, from left to right.
+    """
+    names = list(scores)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.0 + 2.3 * len(regions), 0.95 + 0.38 * len(names)), layout="constrained")
+        panels = figure.subplots(1, len(regions), squeeze=False, sharey=True)[0]
+        for panel, region in zip(panels, regions, strict=True):
+            for height, name in enumerate(names):
+                values = scores[name].get(region, ())
+                if not len(values):
+                    continue
+                colour = SERIES[height % len(SERIES)]
+                panel.plot(values, [height] * len(values), "o", color=colour, markersize=4, alpha=0.4, markeredgewidth=0)
+                panel.plot([np.mean(values)], [height], MARKERS[height % len(MARKERS)], color=colour, markersize=8)
+            panel.set(title=region, xlabel="Dice", xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5))
+            panel.set_xticks([0, 0.5, 1])
+            panel.set_yticks(range(len(names)), names)
+            panel.tick_params(axis="y", length=0, labelcolor=INK, labelsize=10)
+            panel.spines["left"].set_visible(False)
+            panel.grid(axis="x")
     return figure
 
 

@@ -30,7 +30,7 @@ THEME = {
 VOID_ELEMENTS = frozenset({"br", "col", "hr", "img", "link", "meta"})
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-_NUMBER = re.compile(r"[-+±]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?( ?%)?( (\[.*\]|\(.*\)))?")
+_NUMBER = re.compile(r"[-+±]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?( ?%)?( (\[.*\]|\(.*\)|± \d[\d.]*))?")
 _NO_VALUE = frozenset({"", "n/a", "–"})
 
 
@@ -127,7 +127,8 @@ def drawing(svg: str, *, alt: str) -> Html:
     drawn = opening + drawn[drawn.index(">") + 1 :].rstrip()
     for name, (light, _) in THEME.items():
         drawn = re.sub(light, f"var(--{name})", drawn, flags=re.IGNORECASE)
-    return Html(re.sub(r"font: ([^;\"']*?)'[^\";]*", r"font: \1inherit", drawn))
+    # matplotlib names its groups; nothing refers to them, and a page may hold many figures.
+    return Html(re.sub(r'<g id="[^"]*"', "<g", drawn))
 
 
 def figure(content: Html, caption: object, *, class_: str = "") -> Html:
@@ -251,6 +252,9 @@ figure img { border-radius: 6px; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 1.2rem; align-items: start; }
 .gallery figure { margin: 0; }
 .gallery img { width: 100%; }
+.gallery.wide { grid-template-columns: 1fr; }
+.gallery.wide img { width: auto; }
+figure svg text { font-family: inherit !important; }
 .maps { display: grid; gap: .5rem .6rem; align-items: center; margin: 1.2rem 0 .4rem; min-width: 46rem; font-size: .9rem; }
 .maps img { display: block; width: 100%; height: auto; border-radius: 6px; }
 .maps .column { text-align: center; color: var(--soft); line-height: 1.3; align-self: end; }

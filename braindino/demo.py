@@ -1,0 +1,148 @@
+"""``braindino demo``: the whole way on a simulated cohort, by the same commands that a user would type.
+
+Every step is a program run on files; the commands are printed, and kept in ``commands.log`` of the output folder. A second
+run goes on where the first was stopped, because each program does.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+from braindino.atomic import write_text
+
+DATASET_ID = 901
+DATASET = f"Dataset{DATASET_ID}_SimulatedTumors"
+TRAINER = "nnUNetTrainerBrainDINOFrozen_demo"
+UNTRAINED = "untrained:vit_tiny"
+NUM_SLICES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Simulate, prepare, pretrain, segment, diagnose, report. Takes about ten minutes on two CPU cores."""
+
+    out: Path = Path("demo")
+    """Folder for everything; made when it is not there."""
+    subjects: int = 16
+    """Simulated subjects."""
+    seed: int = 0
+    """Seed of the cohort, the split and the trainings."""
+    jobs: int = 2
+    """Processes for simulation and preprocessing."""
+
+
+class Step(NamedTuple):
+    """One command of the demo, and the environment variables it needs beyond the user's own."""
+
+    title: str
+    command: list[str]
+    environment: dict[str, str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when every step succeeded, 1 when one failed; what was finished stays."""
+    config = tyro.cli(Demo, args=argv)
+    out = config.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    log = ["# The commands behind this folder, in order. All data are simulated."]
+    for number, step in enumerate(build_steps(out, config), start=1):
+        line = " ".join([*(f"{key}={shlex.quote(value)}" for key, value in step.environment.items()), shlex.join(step.command)])
+        print(f"\n[{time.monotonic() - start:4.0f} s] {number}. {step.title}\n    {line}", flush=True)
+        if not _run(step):
+            print(f"braindino demo: step {number} failed; its messages are above. Run again to go on.", file=sys.stderr)
+            return 1
+        log += [f"# {step.title}", line]
+        write_text(out / "commands.log", "\n".join(log) + "\n")
+    print(f"\nDone in {time.monotonic() - start:.0f} s, on simulated data.\n")
+    print(results_table(out))
+    print(f"\nReport: {out / 'report' / 'index.html'}")
+    return 0
+
+
+def build_steps(out: Path, config: Demo) -> list[Step]:
+    """The commands of the demo, in order."""
+    cohort, prepared, run, held_out = out / "cohort", out / "prepared", out / "pretrain", out / "held-out.txt"
+    steps = [
+        _braindino(
+            f"Simulate {config.subjects} subjects",
+            "simulate", "--out", cohort, "--subjects", config.subjects, "--seed", config.seed, "--jobs", config.jobs,
+        ),
+        _braindino(
+            "Raw scans to slices", "prepare", cohort, "--out", prepared, "--skull-strip", "none", "--jobs", config.jobs
+        ),
+        _braindino(
+            "Hold subjects out, once for every later step",
+            "split", "--prepared", prepared, "--out", held_out, "--test-fraction", 0.3, "--seed", config.seed,
+            "--participants", cohort / "participants.tsv", "--strata", "tumor",
+        ),
+        _braindino(
+            "Pretrain a tiny ViT on the slices of the other subjects",
+            "pretrain", "demo", "--store", prepared / "store", "--out", run, "--exclude-subjects", held_out,
+            "--seed", config.seed,
+        ),
+    ]  # fmt: skip
+    steps += _segmentation(out, cohort, held_out, run / "encoder")
+    features = out / "features"
+    for name, encoder in {"pretrained": run / "encoder", "untrained": UNTRAINED, "intensity": "intensity"}.items():
+        steps.append(
+            _braindino(
+                f"Features: {name}",
+                "extract", "--prepared", prepared, "--encoder", encoder, "--out", features / name,
+                "--num-slices", NUM_SLICES,
+            )  # fmt: skip
+        )
+    for task in ("sequence", "brain_age", "knn_sequence"):
+        steps.append(
+            _braindino(
+                f"Evaluate: {task}",
+                "evaluate", task, "--features", *(features / name for name in ("pretrained", "untrained", "intensity")),
+                "--out", out / "eval", "--test-subjects", held_out, "--cohort-tables", cohort,
+            )  # fmt: skip
+        )
+    steps.append(_braindino("Report", "report", out))
+    return steps
+
+
+def results_table(out: Path) -> str:
+    """Every result of the demo beside its baseline, and the pretrained encoder beside the same encoder untrained."""
+    raise NotImplementedError
+
+
+def _segmentation(out: Path, cohort: Path, held_out: Path, encoder: Path) -> list[Step]:
+    """Convert, plan, then train, predict and score once with each encoder."""
+    root = out / "nnunet"
+    folders = {"nnUNet_raw": str(root / "raw"), "nnUNet_preprocessed": str(root / "preprocessed"), "nnUNet_def_n_proc": "2", "nnUNet_n_proc_DA": "2"}
+    raw = root / "raw" / DATASET
+    steps = [
+        _braindino(
+            "Tumour dataset for nnU-Net",
+            "nnunet", "convert-bids", cohort, "--dataset-id", DATASET_ID, "--name", DATASET.split("_", 1)[1],
+            "--test-subjects", held_out, environment=folders,
+        ),
+        _program("Plan and preprocess", "nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "2d", "-np", 2, "-npfp", 2, environment=folders),
+    ]  # fmt: skip
+    return steps
+
+
+def _braindino(title: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Step:
+    return _program(title, "braindino", *arguments, environment=environment)
+
+
+def _program(title: str, name: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Step:
+    """A console script of this very environment, whatever PATH says."""
+    script = Path(sys.executable).with_name(name)
+    return Step(title, [str(script), *map(str, arguments)], dict(environment or {}))
+
+
+def _run(step: Step) -> bool:
+    return subprocess.run(step.command, env={**os.environ, **step.environment}, check=False).returncode == 0

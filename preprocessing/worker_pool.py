@@ -1,0 +1,138 @@
+"""Processes that work through a list of tasks, and go on when one of them dies.
+
+``concurrent.futures`` gives up all tasks when one process is killed (out of memory, say) and cannot tell which task it was on.
+Here every process has a pipe of its own, so the task of a dead one is known, it alone is lost, and a new process takes over.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
+from typing import Any, Generic, NamedTuple, TypeVar, cast
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class WorkerDied(NamedTuple):
+    """Stands for the result of a task whose process died."""
+
+    exit_code: int
+
+    def __str__(self) -> str:
+        if self.exit_code == -signal.SIGKILL:
+            return "its process was killed, as the system does when memory runs out; try fewer --jobs"
+        return f"its process ended with code {self.exit_code}"
+
+
+class _Worker(Generic[Task]):
+    """A process, this side of its pipe, and the task it is on."""
+
+    def __init__(self, function: Callable[[Task], Any]):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, far_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(function, far_end), daemon=True)
+        self.process.start()
+        # With the far end closed here, the death of the process reads as the end of the pipe.
+        far_end.close()
+        self.ready = False
+        self.task: Task | None = None
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join()
+
+
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, jobs: int
+) -> Iterator[tuple[Task, Result | WorkerDied]]:
+    """Yield each task with its result, in the order of completion.
+
+    Args:
+        function: called with one task; picklable. State that it keeps lives as long as its process.
+        tasks: picklable.
+        jobs: number of processes; 0 works in this process, for debugging.
+
+    Raises:
+        Exception: whatever ``function`` raised first; the tasks that are left are dropped.
+        RuntimeError: a process died before it could take a task.
+    """
+    if jobs == 0:
+        for task in tasks:
+            yield task, function(task)
+        return
+    waiting = deque(tasks)
+    workers = [_Worker[Task](function) for _ in range(min(jobs, len(waiting)))]
+    try:
+        while workers:
+            for pipe in connection.wait([worker.pipe for worker in workers]):
+                worker = next(worker for worker in workers if worker.pipe is pipe)
+                try:
+                    message = worker.pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    workers.remove(worker)
+                    yield from _bury(worker)
+                    if waiting:
+                        workers.append(_Worker(function))
+                    continue
+                if isinstance(message, _Failure):
+                    raise message.error
+                # The first message only says that the process is up. The next task goes out before the caller gets the result.
+                answered, finished = worker.ready, worker.task
+                worker.ready = True
+                if waiting:
+                    worker.task = waiting.popleft()
+                    worker.pipe.send(worker.task)
+                else:
+                    workers.remove(worker)
+                    worker.stop()
+                if answered:
+                    yield cast(Task, finished), message
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Failure(NamedTuple):
+    error: Exception
+
+
+def _bury(worker: _Worker[Task]) -> Iterator[tuple[Task, WorkerDied]]:
+    worker.process.join()
+    died = WorkerDied(worker.process.exitcode or 0)
+    worker.stop()
+    if not worker.ready:
+        raise RuntimeError(
+            f"a worker could not start: {died}; see its message above, or try --jobs 0 to work without processes"
+        )
+    yield cast(Task, worker.task), died
+
+
+def _serve(function: Callable[[Any], Any], pipe: connection.Connection) -> None:
+    """Life of a worker: say that it is ready, then answer tasks until the pipe ends."""
+    # Ctrl-C reaches the whole process group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    pipe.send(None)
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = function(task)
+        except Exception as error:  # raised again in the parent
+            answer = _Failure(error)
+        pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+    """Leave at once when the parent is gone: a killed run must not go on writing beside its successor."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,73 @@
+"""The recipes: complete settings to start from. `store` and `out` are left to the user."""
+
+from pathlib import Path
+
+import tyro
+
+from braindino.pretrain.config import CropConfig, LossConfig, ModelConfig, OptimizerConfig, PretrainConfig
+
+STAGE1 = PretrainConfig(store=tyro.MISSING, out=tyro.MISSING)
+
+STAGE2 = PretrainConfig(
+    store=tyro.MISSING,
+    out=tyro.MISSING,
+    iterations=10_000,
+    batch_size=56,
+    checkpoint_every=500,
+    crops=CropConfig(
+        global_sizes=(512, 768, 768, 768, 768),
+        local_sizes=(112, 112, 168, 224, 336),
+        pair_ratios=(0.30, 0.30, 0.30, 0.05, 0.05),
+        canvas_size=1024,
+    ),
+    # The paper gives no temperature or learning rate for this stage. The teacher continues at the temperature
+    # stage 1 ended with and the prototypes are not frozen again; the rate is what DINOv3 7B's stage reaches.
+    loss=LossConfig(teacher_temperature=(0.07, 0.07), teacher_temperature_iterations=0),
+    optimizer=OptimizerConfig(base_lr=1.25e-5, warmup_iterations=1_000, last_layer_freeze_iterations=0),
+)
+
+DEBUG = PretrainConfig(
+    store=tyro.MISSING,
+    out=tyro.MISSING,
+    iterations=12,
+    batch_size=4,
+    checkpoint_every=4,
+    log_every=1,
+    num_workers=0,
+    model=ModelConfig(
+        architecture="vit_tiny", drop_path=0.2, num_prototypes=128, head_hidden_dim=64, head_bottleneck_dim=32
+    ),
+    crops=CropConfig(global_sizes=(64,), local_sizes=(32,), num_local=2),
+    loss=LossConfig(teacher_temperature_iterations=6),
+    optimizer=OptimizerConfig(
+        base_lr=1e-3, lr_scaling="none", warmup_iterations=3, last_layer_freeze_iterations=2, teacher_momentum=0.9
+    ),
+)
+
+DEMO = PretrainConfig(
+    out=Path("demo/pretrain"),
+    iterations=300,
+    batch_size=16,
+    checkpoint_every=50,
+    log_every=2,
+    num_workers=0,
+    model=ModelConfig(
+        architecture="vit_tiny", drop_path=0.0, num_prototypes=1024, head_hidden_dim=512, head_bottleneck_dim=64
+    ),
+    crops=CropConfig(global_sizes=(96,), local_sizes=(48,), num_local=4),
+    loss=LossConfig(teacher_temperature_iterations=100),
+    optimizer=OptimizerConfig(
+        base_lr=1e-3,
+        lr_scaling="none",
+        warmup_iterations=30,
+        last_layer_freeze_iterations=10,
+        teacher_momentum=0.98,
+    ),
+)
+
+RECIPES: dict[str, tuple[str, PretrainConfig]] = {
+    "stage1": ("The paper's pretraining: ViT-B/16, 500,000 iterations.", STAGE1),
+    "stage2": ("The paper's high-resolution stage: five pairs of crop sizes, 10,000 iterations.", STAGE2),
+    "debug": ("A dozen iterations of a tiny model, to see that everything works.", DEBUG),
+    "demo": ("A tiny model that learns something in a few minutes on two CPU cores.", DEMO),
+}

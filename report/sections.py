@@ -1,0 +1,467 @@
+"""The sections of the page: each reads its files in the folder and says what it found, or in one line what is not there.
+
+Every table and picture comes from files below the folder. No path read from a table is opened, but for the scan behind the
+similarity maps, through ``braindino.manifest.load_brain``.
+"""
+
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+
+from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, Scan, load_brain, read_scans
+from braindino.provenance import versions
+from braindino.report import figures, similarity
+from braindino.report.markup import Html, details, drawing, element, figure, join, picture, sources, table, tiles
+from braindino.slices import axial_slices
+from braindino.transforms import standardize
+from braindino.vision_transformer import VisionTransformer
+from braindino.volume import load_labels
+from braindino.weights import ARCHITECTURES, ENCODER_FILE, UNTRAINED_PREFIX, load_encoder
+
+MAX_MONTAGES = 6
+MAX_OVERLAYS = 8
+TALL_FROM_ROWS = 14
+MIDDLE_SLICE = 128
+CURVES = (
+    "loss", "dino", "ibot", "koleo", "teacher_entropy", "feature_std", "feature_rank", "lr",
+)  # fmt: skip
+KEY_SETTINGS = (
+    ("architecture", "model.architecture"),
+    ("prototypes", "model.num_prototypes"),
+    ("iterations planned", "iterations"),
+    ("slices per iteration", "batch_size"),
+    ("global crops, px", "crops.global_sizes"),
+    ("local crops, px", "crops.local_sizes"),
+    ("local crops per slice", "crops.num_local"),
+    ("masked share of a masked crop", "masks.ratios"),
+    ("weight of iBOT", "loss.ibot_weight"),
+    ("weight of KoLeo", "loss.koleo_weight"),
+    ("peak base learning rate", "optimizer.base_lr"),
+    ("warm-up, iterations", "optimizer.warmup_iterations"),
+    ("weight decay", "optimizer.weight_decay"),
+    ("layer-wise decay", "optimizer.layer_decay"),
+    ("teacher momentum", "optimizer.teacher_momentum"),
+    ("seed", "seed"),
+)
+
+
+class Content(NamedTuple):
+    """What a section holds.
+
+    Attributes:
+        body: its content; None when its files are not there.
+        missing: the one line that says so.
+        files: the files it was made from.
+    """
+
+    body: Html | None
+    missing: str = ""
+    files: Sequence[Path] = ()
+
+
+def cohort_section(root: Path) -> Content:
+    """Who was scanned: subjects, visits, sequences, sites and ages, from ``cohort/participants.tsv`` and the file names beside it."""
+    path = root / "cohort" / "participants.tsv"
+    if not path.is_file():
+        return Content(None, "No cohort/participants.tsv here, so ages, sites and labels are not shown.")
+    columns, rows = read_tsv(path)
+    scans = [_bids_sequence(file.name) for file in sorted(path.parent.glob("sub-*/**/anat/*.nii*"))]
+    visits = [folder for folder in path.parent.glob("sub-*/ses-*") if folder.is_dir()]
+    ages = _numbers(row.get("age") for row in rows)
+    sites = Counter(row["site"] for row in rows if row.get("site"))
+    sequences = Counter(scans)
+    in_order = {name: sequences[name] for name in (*SEQUENCES, UNKNOWN_SEQUENCE) if sequences[name]}
+    facts: list[tuple[object, object]] = [(len(rows), "subjects")]
+    if visits:
+        facts.append((len(visits), "visits"))
+    if scans:
+        facts.append((len(scans), "scans"))
+    if sites:
+        facts.append((len(sites), "sites"))
+    if ages:
+        facts.append((f"{min(ages):.0f}–{max(ages):.0f}", "years of age"))
+    parts: list[object] = [tiles(facts)]
+    if ages or in_order or sites:
+        drawn = figures.cohort_figure(ages, in_order, dict(sorted(sites.items())))
+        parts.append(_drawn(drawn, f"Age of {len(ages)} subjects, scans per sequence, subjects per site."))
+    parts.append(details(f"All {len(rows)} subjects", _rows_table(columns, rows)))
+    return _content(root, parts, [path])
+
+
+def preparation_section(root: Path) -> Content:
+    """What became of every input file, from ``prepared/scans.tsv``, and the montages."""
+    path = root / "prepared" / "scans.tsv"
+    if not path.is_file():
+        return Content(None, "No prepared/scans.tsv here: no scans were prepared in this folder.")
+    scans = read_scans(path)
+    of_status = Counter(scan.status for scan in scans)
+    done = [scan for scan in scans if scan.status == "done"]
+    facts = [(of_status[status], word) for status, word in (("done", "scans prepared"), ("quarantined", "quarantined"), ("skipped", "skipped"))]
+    parts: list[object] = [tiles([*facts, (f"{sum(scan.num_slices for scan in done):,}", "slices in the store")])]
+
+    names = [name for name in (*SEQUENCES, UNKNOWN_SEQUENCE) if any(scan.sequence == name for scan in done)]
+    cohorts = sorted({scan.cohort for scan in done})
+    if done:
+        counts: Counter[tuple[str, str]] = Counter()
+        for scan in done:
+            counts[scan.cohort, scan.sequence] += scan.num_slices
+        lines = [[cohort, *(f"{counts[cohort, name]:,}" for name in names)] for cohort in cohorts]
+        lines = [[*line, f"{sum(counts[line[0], name] for name in names):,}"] for line in lines]
+        parts.append(table(["cohort", *names, "all"], lines, caption="Slices in the store, per cohort and sequence"))
+
+    bad = [scan for scan in scans if scan.status == "quarantined"]
+    parts.append(element("h3", "Quarantined"))
+    if bad:
+        lines = [[Path(scan.path).name, scan.cohort, scan.subject, scan.session, scan.sequence, scan.reason] for scan in bad]
+        header = ["file", "cohort", "subject", "session", "sequence", "reason"]
+        parts.append(table(header, lines, tall=len(lines) > TALL_FROM_ROWS))
+    else:
+        parts.append(element("p", "No scan was quarantined.", class_="lead"))
+    skipped = Counter(scan.reason for scan in scans if scan.status == "skipped")
+    if skipped:
+        lines = [[reason, count] for reason, count in sorted(skipped.items())]
+        parts.append(details(f"{of_status['skipped']} files skipped", table(["reason", "files"], lines)))
+
+    montages = sorted(path.parent.glob("montages/*.png"))
+    if montages:
+        parts += [element("h3", "Montages"), _gallery(montages[:MAX_MONTAGES], class_="wide")]
+        if len(montages) > MAX_MONTAGES:
+            parts.append(element("p", f"{len(montages) - MAX_MONTAGES} more in prepared/montages.", class_="lead"))
+    return _content(root, parts, [path, *montages[:MAX_MONTAGES]], linked=[path])
+
+
+def pretraining_section(root: Path) -> Content:
+    """Curves of the run in ``pretrain/``, its settings and its encoder."""
+    run = root / "pretrain"
+    metrics, config, about = run / "metrics.jsonl", run / "config.yaml", run / "encoder" / "encoder.json"
+    if not metrics.is_file():
+        return Content(None, "No pretrain/metrics.jsonl here: no encoder was pretrained in this folder.")
+    files = [metrics]
+    rows = read_json_lines(metrics)
+    if not rows:
+        raise ValueError(f"{metrics}: no complete line; expected one JSON object per logged iteration")
+    settings: Mapping[str, Any] = {}
+    if config.is_file():
+        files.append(config)
+        settings = _read_yaml(config)
+    encoder: Mapping[str, Any] = {}
+    if about.is_file():
+        files.append(about)
+        encoder = _read_json(about)
+
+    planned = _setting(settings, "iterations")
+    done = f"{rows[-1]['iteration']:,}"
+    facts: list[tuple[object, object]] = [(done, f"iterations of {planned:,}" if isinstance(planned, int) else "iterations")]
+    if (architecture := _setting(settings, "model.architecture")) is not None:
+        facts.append((architecture, "encoder"))
+    if isinstance(encoder.get("parameters"), int):
+        facts.append((f"{encoder['parameters'] / 1e6:.1f} M", "parameters"))
+    facts += [(f"{rows[place]['loss']:.2f}", word) for place, word in ((0, "first loss"), (-1, "last loss")) if "loss" in rows[place]]
+    parts: list[object] = [tiles(facts)]
+    names = [name for name in CURVES if any(name in row for row in rows)]
+    if names:
+        drawn = figures.curves_figure(rows, names)
+        parts.append(_drawn(drawn, "The run, as logged; from 100 logged iterations on, a running mean over the raw values."))
+    lines = [[word, _plain(value)] for word, key in KEY_SETTINGS if (value := _setting(settings, key)) is not None]
+    if lines:
+        parts.append(element("h3", "Recipe"))
+        parts.append(table(["setting", "value"], lines))
+        parts.append(details("Every setting", element("pre", config.read_text(encoding="utf-8"))))
+    if encoder:
+        facts_of_encoder = [
+            ["sha256 of the weights", element("code", encoder.get("sha256", "not stated"))],
+            ["fingerprint of the slices", element("code", encoder.get("data_fingerprint") or "not stated")],
+        ]
+        parts += [element("h3", "Encoder"), table(["", ""], facts_of_encoder)]
+    progress = run / "progress.png"
+    if progress.is_file():
+        files.append(progress)
+        parts.append(details("progress.png, as the run drew it", _gallery([progress], class_="wide")))
+    return _content(root, parts, files, linked=[path for path in files if path != progress])
+
+
+def maps_section(root: Path) -> Content:
+    """Similarity and PCA maps of one slice (paper sec. 4.6): the pretrained encoder and the same architecture untrained."""
+    weights, table_path = root / "pretrain" / "encoder" / ENCODER_FILE, root / "prepared" / "scans.tsv"
+    if not weights.is_file() or not table_path.is_file():
+        return Content(None, "No pretrained encoder with prepared scans here, so patch-similarity maps are not shown.")
+    scan, label_path = _scan_to_look_at(root, read_scans(table_path))
+    if scan is None:
+        return Content(None, "None of the prepared scans is at its place any more, so patch-similarity maps are not shown.")
+    cube = standardize(load_brain(table_path.parent, scan))
+    index, tumour = MIDDLE_SLICE, None
+    if label_path is not None:
+        labels, affine = load_labels(label_path)
+        index = similarity.tumour_slice(labels > 0, affine, cube.affine, cube.shape[2])
+        tumour = similarity.axial_labels(labels, affine, cube.affine, index, cube.shape) > 0
+    image = axial_slices(cube, [index])[0]
+
+    pretrained = load_encoder(weights.parent)
+    encoders = {"pretrained": pretrained}
+    if (name := _architecture_name(pretrained)) is not None:
+        encoders["untrained"] = load_encoder(UNTRAINED_PREFIX + name)
+    points = similarity.reference_points(image, pretrained.patch_size, tumour)
+    cells = _map_cells(image, points, encoders, names=_point_names(points, scan.sequence))
+    grid = element("div", *cells, class_="maps", style=f"grid-template-columns: 6.5rem repeat({len(points) + 1}, 1fr)")
+    slice_rule = (
+        f"the axial slice on which the tumour is largest (position {index} of {cube.shape[2]}, from below)"
+        if label_path is not None
+        else f"axial slice {index} of {cube.shape[2]}, the middle of the brain"
+    )
+    first_rule = "the one that holds most tumour" if points[0].name == "tumour" else "the one nearest to the middle of the slice"
+    lead = (
+        f"{scan.subject_key}, {scan.session + ', ' if scan.session else ''}{scan.sequence}: {slice_rule}. Each map shows how alike the "
+        "other patches are to the framed one, as cosine similarity of patch tokens after the last block (Eq. 12 of the paper), bilinear "
+        "between patches, on one colour scale for all, never rescaled. Reference patches lie at the same place for every encoder and "
+        f"are chosen by rule among patches of at least 90 % tissue: {first_rule}, then the darkest and the brightest "
+        f"{'without tumour' if points[0].name == 'tumour' else 'of the others'}. The last column is the first three principal components "
+        "of the tissue's tokens, as red, green and blue, each encoder its own."
+    )
+    bar = drawing(figures.svg(figures.colour_bar()), alt="Colour scale from -1, blue, over 0, white, to 1, red")
+    parts = [element("p", lead), element("div", grid, class_="scroll"), figure(bar, "Cosine similarity with the framed patch.")]
+    files = [weights, table_path, *([label_path] if label_path else [])]
+    return _content(root, parts, files, linked=files)
+
+
+def segmentation_section(root: Path) -> Content:
+    """Dice per region and overlays of every ``scores.json`` below ``nnunet/``."""
+    paths = sorted((root / "nnunet").rglob("scores.json"))
+    if not paths:
+        return Content(None, "No nnunet/**/scores.json here: no segmentation was scored in this folder.")
+    scores = {path.parent.relative_to(root / "nnunet").as_posix(): _read_scores(path) for path in paths}
+    regions = list(dict.fromkeys(region for score in scores.values() for region in score["regions"]))
+    lines = []
+    for name, score in scores.items():
+        cells = [score["regions"].get(region) for region in regions]
+        lines.append([name, len(score["cases"]), *("–" if cell is None else _mean_and_deviation(cell) for cell in cells)])
+    caption = "Dice per region: mean over cases ± standard deviation; a region that is empty in both has no Dice and is not counted"
+    parts: list[object] = [table(["predictions", "cases", *regions], lines, caption=caption)]
+    of_case = {
+        name: {region: _numbers(case.get(region) for case in score["cases"].values()) for region in regions}
+        for name, score in scores.items()
+    }
+    parts.append(_drawn(figures.dice_figure(of_case, regions), "Dice of every case (small dots) and its mean (large)."))
+    overlays = []
+    for name, path in zip(scores, paths, strict=True):
+        found = sorted(path.parent.glob("*.png"))[:MAX_OVERLAYS]
+        overlays += found
+        if found:
+            parts += [element("h3", f"Overlays: {name}"), _gallery(found, class_="wide")]
+        tables = sorted(path.parent.glob("scores.tsv"))
+        for table_path in tables:
+            parts.append(details(f"Every case: {name}", _rows_table(*read_tsv(table_path))))
+    return _content(root, parts, [*paths, *overlays], linked=paths)
+
+
+def reproduction_section(root: Path) -> Content:
+    """The commands, if they were logged, and the versions of this installation."""
+    parts: list[object] = []
+    log = root / "commands.log"
+    if log.is_file():
+        parts += [element("h3", "Commands"), element("pre", log.read_text(encoding="utf-8").strip())]
+    parts.append(element("h3", "Versions that made this page"))
+    parts.append(table(["package", "version"], [[name, element("code", number)] for name, number in versions().items()]))
+    return _content(root, parts, [log] if log.is_file() else [])
+
+
+def simulation_notice(root: Path) -> str | None:
+    """What the cohort says of itself when it says that it is simulated: a sentence of its description or README."""
+    description = root / "cohort" / "dataset_description.json"
+    texts = [str(value) for value in _read_json(description).values()] if description.is_file() else []
+    texts += [path.read_text(encoding="utf-8") for path in sorted((root / "cohort").glob("README*")) if path.is_file()]
+    for text in texts:
+        for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", text):
+            if re.search(r"\bsimulat", sentence, re.IGNORECASE):
+                return " ".join(sentence.strip(" #\n").split())
+    return None
+
+
+def read_tsv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Column names and rows of a table with tabs.
+
+    Raises:
+        ValueError: the file is empty, or a row has more or fewer cells than the header.
+    """
+    with path.open(newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle, delimiter="\t", restkey="\0", restval="\0")
+        rows = list(reader)
+    columns = list(reader.fieldnames or ())
+    if not columns:
+        raise ValueError(f"{path}: empty; expected a header line")
+    for number, row in enumerate(rows, start=2):
+        if "\0" in row or "\0" in row.values():
+            raise ValueError(f"{path}, line {number}: expected {len(columns)} cells, as in the header")
+    return columns, rows
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object per line; a last line that is not finished is passed over."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
+    return rows
+
+
+def _read_scores(path: Path) -> Mapping[str, Any]:
+    scores = _read_json(path)
+    for key in ("regions", "cases"):
+        if not isinstance(scores.get(key), dict):
+            raise ValueError(f"{path}: no {key!r} in it; expected the file that `braindino nnunet score` writes")
+    return scores
+
+
+def _mean_and_deviation(region: Mapping[str, Any]) -> str:
+    """``0.812 ± 0.044``; without deviation for one case, a dash where no case has a Dice."""
+    if region["mean"] is None:
+        return "–"
+    return f"{region['mean']:.3f}" + ("" if region["sd"] is None else f" ± {region['sd']:.3f}")
+
+
+def _content(root: Path, parts: Sequence[object], files: Sequence[Path], *, linked: Sequence[Path] | None = None) -> Content:
+    """The parts with links to their files."""
+    names = [path.relative_to(root).as_posix() for path in (files if linked is None else linked)]
+    return Content(join([*parts, sources(names)]), files=files)
+
+
+def _drawn(drawing_: Any, caption: str) -> Html:
+    return figure(drawing(figures.svg(drawing_), alt=caption), caption)
+
+
+def _rows_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Html:
+    return table(columns, [[row[name] for name in columns] for row in rows], tall=len(rows) > TALL_FROM_ROWS)
+
+
+def _gallery(paths: Sequence[Path], *, class_: str = "") -> Html:
+    """The PNG files with their names."""
+    shown = [figure(picture(path.read_bytes(), alt=path.stem), path.name) for path in paths]
+    return element("div", *shown, class_=f"gallery {class_}".strip())
+
+
+def _map_cells(
+    image: np.ndarray,
+    points: Sequence[similarity.ReferencePoint],
+    encoders: Mapping[str, VisionTransformer],
+    *,
+    names: Sequence[str],
+) -> list[Html]:
+    """The cells of the grid of maps, row by row: the slice with its reference patches, then one row per encoder."""
+    patch_size = next(iter(encoders.values())).patch_size
+    grey = figures.grey_picture(image)
+    cells = [element("div", class_="row")]
+    cells += [element("div", name, class_="column") for name in (*names, "PCA")]
+    cells.append(element("div", "slice", class_="row"))
+    for point, name in zip(points, names, strict=True):
+        marked = figures.mark_patch(grey, point.row, point.column, patch_size)
+        cells.append(picture(figures.png(marked), alt=f"The slice, reference patch framed: {name}"))
+    cells.append(picture(figures.png(grey), alt="The slice"))
+    foreground = similarity.foreground_patches(image, patch_size)
+    for word, encoder in encoders.items():
+        patches = similarity.encode_patches(encoder, image)
+        cells.append(element("div", word, element("small", encoder.name), class_="row"))
+        for point, name in zip(points, names, strict=True):
+            values = similarity.similarity_map(patches, patches[point.row, point.column])
+            pixels = figures.similarity_picture(similarity.upsample(values, image.shape), image)
+            pixels = figures.mark_patch(pixels, point.row, point.column, patch_size)
+            low, high = values[foreground].min(), values[foreground].max()
+            alt = f"{word} encoder: similarity with the {name} patch, {low:.2f} to {high:.2f} over the tissue"
+            cells.append(picture(figures.png(pixels), alt=alt))
+        colours = similarity.upsample(similarity.pca_map(patches, foreground), image.shape) * (image != 0)[..., None]
+        cells.append(picture(figures.png(colours), alt=f"{word} encoder: principal components of the patch tokens"))
+    return cells
+
+
+def _scan_to_look_at(root: Path, scans: Sequence[Scan]) -> tuple[Scan | None, Path | None]:
+    """The first prepared scan that is still there: with a tumour label before one without, contrast-enhanced T1 before T1 and others."""
+    labels = {}
+    for path in sorted((root / "cohort" / "derivatives").glob("tumor/sub-*/**/*_dseg.nii*")):
+        session = next((part for part in path.parts if part.startswith("ses-")), "")
+        subject = next(part for part in path.relative_to(root).parts if part.startswith("sub-"))
+        labels.setdefault((subject, session), path)
+    order = {name: place for place, name in enumerate(("T1c", "T1", "T2", "FLAIR"))}
+    ranked = sorted(
+        (scan for scan in scans if scan.status == "done"),
+        key=lambda scan: ((scan.subject, scan.session) not in labels, order.get(scan.sequence, len(order)), scan.subject_key, scan.session),
+    )
+    for scan in ranked:
+        if Path(scan.path).is_file():
+            return scan, labels.get((scan.subject, scan.session))
+    return None, None
+
+
+def _point_names(points: Sequence[similarity.ReferencePoint], sequence: str) -> list[str]:
+    """Names for readers: on T1-weighted scans the darkest and the brightest patch are CSF and white matter."""
+    tissue = {"darkest": "darkest (CSF)", "brightest": "brightest (white matter)"} if sequence in ("T1", "T1c") else {}
+    return [tissue.get(point.name, point.name) for point in points]
+
+
+def _architecture_name(encoder: VisionTransformer) -> str | None:
+    """The name of the encoder's architecture; None for one that has no name."""
+    with torch.device("meta"):  # shapes without memory
+        known = {name: build().architecture for name, build in ARCHITECTURES.items()}
+    return next((name for name, architecture in known.items() if architecture == encoder.architecture), None)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: found a {type(value).__name__}; expected settings by name")
+    return value
+
+
+def _setting(settings: Mapping[str, Any], dotted: str) -> Any:
+    """The value at a dotted key, None when there is none."""
+    value: Any = settings
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _numbers(texts: Any) -> list[float]:
+    found = []
+    for text in texts:
+        try:
+            found.append(float(text))
+        except (TypeError, ValueError):  # "n/a" is how BIDS says that a value is not known
+            continue
+    return [number for number in found if np.isfinite(number)]
+
+
+def _bids_sequence(name: str) -> str:
+    suffix = name.split(".nii")[0].rsplit("_", 1)[-1]
+    if suffix == "T1w":
+        return "T1c" if "_ce-" in name else "T1"
+    return {"T2w": "T2", "FLAIR": "FLAIR"}.get(suffix, UNKNOWN_SEQUENCE)
