@@ -7,9 +7,36 @@ The rooms live in top-level folders so that a reader finds them, but install und
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOMS = ("preprocessing", "pretrain", "downstream", "simulation", "report")
 CORE_PACKAGES = ("braindino", "nnunet_braindino")
+
+# Read by Python at start-up (the second from 3.15 on, where it replaces the first) so that nnU-Net finds our trainers.
+STARTUP_FILES = {
+    "braindino_nnunet.pth": "import nnunet_braindino._startup; nnunet_braindino._startup.register()\n",
+    "braindino_nnunet.start": "nnunet_braindino._startup:register\n",
+}
+
+
+class BuildWithStartupFiles(build_py):
+    """Puts the start-up files beside the packages in site-packages, for regular and editable installs."""
+
+    def run(self):
+        super().run()
+        for path, content in self._startup_files():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+
+    def get_outputs(self, include_bytecode=1):
+        return [*super().get_outputs(include_bytecode), *(str(path) for path, _ in self._startup_files())]
+
+    def _startup_files(self):
+        # An editable wheel holds no packages: it is packed from the folder that "install" would fill.
+        install = self.distribution.get_command_obj("install")
+        folder = Path(install.install_lib if self.editable_mode else self.build_lib)
+        return [(folder / name, content) for name, content in STARTUP_FILES.items()]
+
 
 setup(
     name="braindino",
@@ -21,6 +48,8 @@ setup(
     python_requires=">=3.10",
     packages=[*CORE_PACKAGES, *(f"braindino.{room}" for room in ROOMS)],
     package_dir={f"braindino.{room}": room for room in ROOMS},
+    package_data={"nnunet_braindino": ["nnunet_trainers/*.py"]},
+    cmdclass={"build_py": BuildWithStartupFiles},
     install_requires=[
         "torch>=2.6",
         "nnunetv2>=2.8,<2.9",

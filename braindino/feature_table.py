@@ -91,6 +91,7 @@ class FeatureTableWriter:
         """
         path = _cls_path(self.table_dir, scan)
         if not path.exists() or path.stat().st_mtime < newer_than:
+            self._scans.pop(scan.scan_id, None)
             return False
         self._scans[scan.scan_id] = scan
         return True

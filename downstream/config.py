@@ -15,7 +15,8 @@ RATIOS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # paper sec. 4.3.1
 class ExtractConfig:
     """Run a frozen encoder over all prepared scans and keep the features (paper sec. 4.3).
 
-    Goes on where an earlier run stopped. Exit code 3 when some scans could not be used; FEATURES/quarantined.tsv names them.
+    Goes on where an earlier run stopped. Exit code 3 when some scans could not be used; FEATURES/quarantined.tsv
+    names them.
     """
 
     prepared: Path

@@ -1,4 +1,5 @@
-"""``python downstream/extract.py --prepared DIR --encoder FILE --out FEATURES``: frozen features, once, for every task."""
+"""``python downstream/extract.py --prepared DIR --encoder FILE --out FEATURES``: frozen features, once, for every
+task."""
 
 import sys
 from collections.abc import Sequence

@@ -62,7 +62,8 @@ def load_slices(prepared_dir: Path, scan: Scan, *, num_slices: int) -> np.ndarra
 def encode_slices(encoder: SliceEncoder, slices: np.ndarray, *, batch_size: int, device: torch.device) -> np.ndarray:
     """Return the features of slices (n, H, W) as (n, D) float32.
 
-    bfloat16 autocast is used on CUDA only: on a CPU it is slower than float32 where the processor lacks the instructions.
+    bfloat16 autocast is used on CUDA only: on a CPU it is slower than float32 where the processor lacks the
+    instructions.
     """
     parts = []
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -83,10 +84,11 @@ def extract_features(
     device: torch.device,
     track: Callable[[Iterable[Scan]], Iterable[Scan]],
 ) -> Extraction:
-    """Add the features of ``scans`` to a table; those that are there already, and not older than their scan, are kept.
+    """Add the features of ``scans`` to a table; those that are there already, and not older than their scan, are
+    kept.
 
-    The next ``jobs`` volumes are loaded by threads while the encoder works on this one. A scan that cannot be loaded or encoded ends
-    as a quarantined row with its reason, and the rest go on.
+    The next ``jobs`` volumes are loaded by threads while the encoder works on this one. A scan that cannot be
+    loaded or encoded ends as a quarantined row with its reason, and the rest go on.
 
     Args:
         scans: done scans of a prepared folder.
@@ -106,12 +108,15 @@ def extract_features(
         loading = _ahead(pool, lambda scan: load_slices(prepared_dir, scan, num_slices=num_slices), missing, depth=jobs)
         for scan, slices in zip(track(missing), loading, strict=True):
             try:
-                cls = encode_slices(encoder, slices.result(), batch_size=batch_size, device=device)
+                loaded = slices.result()
+            except (ValueError, OSError) as error:
+                quarantined.append(_quarantine(scan, error))
+                continue
+            cls = encode_slices(encoder, loaded, batch_size=batch_size, device=device)
+            try:
                 writer.add(scan, cls)
-            except VolumeError as error:
-                quarantined.append(replace(scan, status="quarantined", reason=f"{error.code}: {error}"))
-            except (ValueError, FileNotFoundError) as error:
-                quarantined.append(replace(scan, status="quarantined", reason=f"{type(error).__name__}: {error}"))
+            except ValueError as error:
+                quarantined.append(_quarantine(scan, error))
     return Extraction(
         num_kept=len(scans) - len(missing),
         num_done=len(missing) - len(quarantined),
@@ -130,6 +135,11 @@ def _ahead(
         if len(waiting) > depth:
             yield waiting.popleft()
     yield from waiting
+
+
+def _quarantine(scan: Scan, error: Exception) -> Scan:
+    code = error.code if isinstance(error, VolumeError) else type(error).__name__
+    return replace(scan, status="quarantined", reason=f"{code}: {error}")
 
 
 def _last_change(prepared_dir: Path, scan: Scan) -> float:

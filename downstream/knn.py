@@ -38,7 +38,8 @@ def knn_predict(
     for k in neighbours:
         if not 1 <= k <= len(bank):
             raise ValueError(
-                f"kNN: k = {k}, but the memory bank holds {len(bank)} scans; leave this k out or give more training subjects"
+                f"kNN: k = {k}, but the memory bank holds {len(bank)} scans; leave this k out, or give more "
+                "training subjects"
             )
     normalised_bank = _l2_normalise(bank)
     predictions: dict[int, list[np.ndarray]] = {k: [] for k in neighbours}

@@ -55,7 +55,8 @@ def read_labels(sources: Sequence[Path], column: str) -> dict[LabelKey, Label]:
                 if key in labels and labels[key].text != text:
                     raise ValueError(
                         f"{place}: {column} {text!r} of subject {key.subject!r}, session {key.session!r} contradicts "
-                        f"{labels[key].text!r} in {labels[key].place}; add a column session or cohort that tells them apart"
+                        f"{labels[key].text!r} in {labels[key].place}; add a column session or cohort that tells "
+                        "them apart"
                     )
                 labels[key] = Label(text, place)
     if not any(column in columns for columns in columns_seen.values()):

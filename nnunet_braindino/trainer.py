@@ -218,7 +218,7 @@ def plan_warnings(plans: dict, configuration: str) -> list[str]:
         warnings.append(
             f"slices are not axial: nnU-Net cuts along the axis with the largest voxels (transpose_forward "
             f"{list(plans['transpose_forward'])}), the encoder was trained on axial slices. Resample the images so that "
-            "no axis is coarser than the vertical one, convert them with `braindino nnunet`, then plan again"
+            "no axis is coarser than the vertical one, convert with `braindino nnunet`, then plan again"
         )
     if not all(PlansManager(plans).get_configuration(configuration).use_mask_for_norm):
         warnings.append(

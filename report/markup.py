@@ -56,7 +56,7 @@ class Section(NamedTuple):
     missing: str = ""
 
 
-def element(name: str, *children: object, **attributes: object) -> Html:
+def element(name: str, /, *children: object, **attributes: object) -> Html:
     """``<name attributes>children</name>``; children other than ``Html`` are escaped, attributes always are.
 
     An attribute whose Python name ends in an underscore loses it (``class_``), other underscores become hyphens, and one whose

@@ -111,7 +111,8 @@ def _header(directory: Path, name: str, files: set[Path]) -> Html:
     notice = sections.simulation_notice(directory)
     banner = None
     if notice is not None:
-        banner = element("p", element("strong", "Simulated data. "), notice, class_="banner", role="note")
+        words = f"The cohort calls itself “{notice}”: its numbers were not measured on people."
+        banner = element("p", element("strong", "Simulated data. "), words, class_="banner", role="note")
     return element(
         "header",
         element("h1", name),

@@ -236,7 +236,7 @@ def segmentation_section(root: Path) -> Content:
     paths = sorted((root / "nnunet").rglob("scores.json"))
     if not paths:
         return Content(None, "No nnunet/**/scores.json here: no segmentation was scored in this folder.")
-    scores = {path.parent.relative_to(root / "nnunet").as_posix(): _read_scores(path) for path in paths}
+    scores = {_predictions_name(root / "nnunet", path): _read_scores(path) for path in paths}
     regions = list(dict.fromkeys(region for score in scores.values() for region in score["regions"]))
     lines = []
     for name, score in scores.items():
@@ -261,6 +261,18 @@ def segmentation_section(root: Path) -> Content:
     return _content(root, parts, [*paths, *overlays], linked=paths)
 
 
+def tasks_section(root: Path) -> Content:
+    """Estimates with intervals beside their floors, one part per ``eval/<task>/summary.tsv``."""
+    paths = sorted((root / "eval").glob("*/summary.tsv"))
+    if not paths:
+        return Content(None, "No eval/*/summary.tsv here: no task was evaluated in this folder.")
+    parts: list[object] = []
+    for path in paths:
+        columns, rows = read_tsv(path)
+        parts += [element("h3", path.parent.name), _rows_table(columns, rows)]
+    return _content(root, parts, paths)
+
+
 def reproduction_section(root: Path) -> Content:
     """The commands, if they were logged, and the versions of this installation."""
     parts: list[object] = []
@@ -273,14 +285,14 @@ def reproduction_section(root: Path) -> Content:
 
 
 def simulation_notice(root: Path) -> str | None:
-    """What the cohort says of itself when it says that it is simulated: a sentence of its description or README."""
+    """The words in which the cohort calls itself simulated, in its description or its README; None when it does not."""
     description = root / "cohort" / "dataset_description.json"
-    texts = [str(value) for value in _read_json(description).values()] if description.is_file() else []
+    texts = _texts(_read_json(description)) if description.is_file() else []
     texts += [path.read_text(encoding="utf-8") for path in sorted((root / "cohort").glob("README*")) if path.is_file()]
     for text in texts:
-        for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", text):
+        for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
             if re.search(r"\bsimulat", sentence, re.IGNORECASE):
-                return " ".join(sentence.strip(" #\n").split())
+                return sentence.strip(" #")
     return None
 
 
@@ -313,6 +325,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
     return rows
+
+
+def _predictions_name(folder: Path, path: Path) -> str:
+    """What was scored: the place of ``scores.json``, less a last ``scores``, which every folder of predictions has."""
+    parts = path.parent.relative_to(folder).parts
+    return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == "scores" else parts) or folder.name
 
 
 def _read_scores(path: Path) -> Mapping[str, Any]:
@@ -432,6 +450,14 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found a {type(value).__name__}; expected settings by name")
     return value
+
+
+def _texts(value: Any) -> list[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        return [value]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for child in children for text in _texts(child)]
 
 
 def _setting(settings: Mapping[str, Any], dotted: str) -> Any:

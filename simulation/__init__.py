@@ -1,1 +1,1 @@
-"""Simulated cohorts in BIDS: anatomy, tumours, contrasts and site protocols, made from the MNI152 maps that nilearn ships."""
+"""Simulated cohorts in BIDS: anatomy, tumours, contrasts and site protocols, on the MNI152 maps of nilearn."""

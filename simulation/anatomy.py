@@ -1,7 +1,7 @@
 """Brains: tissue maps of the MNI152 template, bent into a person's shape, aged, and placed in the scanner.
 
-Positions are in mm, RAS+. Three frames are used: ``scanner`` (the image grid), ``head`` (the scanner frame without this session's
-head pose; the same for all visits of a person) and ``template`` (MNI152).
+Positions are in mm, RAS+. Three frames are used: ``scanner`` (the image grid), ``head`` (the scanner frame
+without this session's head pose; the same for all visits of a person) and ``template`` (MNI152).
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,14 @@ from braindino.simulation.protocols import FIELD_CENTRE, FIELD_SIZE, Grid
 AGE_RANGE = (20.0, 85.0)
 TISSUES = ("csf", "grey", "white", "vessel")
 
-# Smooth quantities live on lattices with this step (mm) and are interpolated: coordinates, fields, the pull of the ventricles.
+# Smooth quantities (coordinates, fields) live on a lattice with this step in mm and are interpolated.
 LATTICE_STEP = 6.0
+# Smooth maps of the template keep every second voxel along each axis.
 COARSE_STEP = 2
 # Probability maps are averages of 152 people; raising them to a power makes borders as crisp as one person's.
 SHARPENING = 1.7
-# Factor on the odds of CSF against tissue, at full atrophy. It acts only where there is some CSF: sulci widen, the cortex thins.
+# Factor on the odds of CSF against tissue, at full atrophy. It acts only where there is some CSF: sulci widen and the
+# cortex thins.
 CSF_ODDS_OLD = 6.0
 # Displacement of the ventricle wall in mm, at no and at full atrophy.
 VENTRICLE_SHIFT = (-1.0, 4.5)
@@ -49,7 +51,7 @@ class Template:
     affine: np.ndarray
     """(4, 4) voxel indices to template mm, 1 mm isotropic."""
     young: np.ndarray
-    """(3, X, Y, Z) fractions of CSF, grey and white matter without atrophy; they sum to 1 in the brain and to 0 outside."""
+    """(3, X, Y, Z) fractions of CSF, grey and white matter without atrophy; their sum is 1 in the brain, else 0."""
     old: np.ndarray
     """The same at full atrophy."""
     vessels: np.ndarray
@@ -139,7 +141,7 @@ def lattice_axes(step: float = LATTICE_STEP) -> tuple[np.ndarray, np.ndarray, np
 
 
 def draw_person(rng: np.random.Generator, *, sex: str) -> Person:
-    """A random head shape and atrophy pattern. Men's heads (``M``) are on average 6 % larger per axis than women's (``F``)."""
+    """A random head shape and atrophy pattern. Men's heads (``M``) are 6 % larger per axis than women's (``F``)."""
     sizes = {"M": 1.02, "F": 0.96}
     shape = tuple(len(axis) for axis in lattice_axes())
     size = sizes[sex] * np.exp(rng.normal(0, 0.02) + rng.normal(0, 0.015, 3))
@@ -193,7 +195,9 @@ def push_ventricles(positions: np.ndarray, person: Person, age: float, template:
 
 def tissue_maps(person: Person, age: float, template: Template) -> np.ndarray:
     """(3, X, Y, Z) fractions of CSF, grey and white matter on the template grid, at that age, without vessels."""
-    axes = [origin + np.arange(count) for origin, count in zip(template.affine[:3, 3], template.texture.shape, strict=True)]
+    axes = [
+        origin + np.arange(count) for origin, count in zip(template.affine[:3, 3], template.texture.shape, strict=True)
+    ]
     pattern = interpolate_lattice(0.12 * person.atrophy_pattern, axes)
     share = np.clip(atrophy(age) + person.cortex_offset + pattern * atrophy(age), 0, 1.1)
     return template.young + share * (template.old - template.young)
@@ -268,11 +272,9 @@ def _ventricle_pull(csf: np.ndarray, affine: np.ndarray) -> np.ndarray:
     x, y, z = _positions_of(csf.shape, affine, COARSE_STEP)
     box = (np.abs(x) < 42) & (y > -58) & (y < 40) & (z > -14) & (z < 34)
     components, _ = ndimage.label((coarse > 0.6) & box)
-    at = [round((mm - origin) / COARSE_STEP) for mm, origin in zip((10, 16, 14), affine[:3, 3], strict=True)]
-    mirror = [round((mm - origin) / COARSE_STEP) for mm, origin in zip((-10, 16, 14), affine[:3, 3], strict=True)]
-    names = {components[tuple(at)], components[tuple(mirror)]}
-    assert 0 not in names, "the frontal horns are not where the template has them"
-    smooth = ndimage.gaussian_filter(np.isin(components, list(names)).astype(np.float32), 7.0 / COARSE_STEP)
+    # Of the CSF in this box the lateral ventricles are the largest connected part (17 ml).
+    largest = np.bincount(components.ravel())[1:].argmax() + 1
+    smooth = ndimage.gaussian_filter((components == largest).astype(np.float32), 7.0 / COARSE_STEP)
     pull = np.stack(np.gradient(smooth))
     return pull / np.sqrt((pull**2).sum(axis=0)).max()
 
@@ -291,7 +293,9 @@ def _vessels(csf: np.ndarray, brain: np.ndarray, affine: np.ndarray) -> np.ndarr
     for line in VESSEL_LINES:
         corners = np.asarray(line, dtype=float)
         stops = np.arange(len(corners))
-        points = np.stack([np.interp(np.linspace(0, stops[-1], 400), stops, corners[:, axis]) for axis in range(3)], axis=1)
+        points = np.stack(
+            [np.interp(np.linspace(0, stops[-1], 400), stops, corners[:, axis]) for axis in range(3)], axis=1
+        )
         for side in (1, -1):
             at = np.rint(points * (side, 1, 1) - affine[:3, 3]).astype(int)
             at = at[((at >= 0) & (at < brain.shape)).all(axis=1)]

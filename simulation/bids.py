@@ -11,23 +11,26 @@ from braindino.simulation.subjects import Subject, Visit
 BIDS_VERSION = "1.10.0"
 SUFFIXES = {"T1": "T1w", "T1c": "ce-gadolinium_T1w", "T2": "T2w", "FLAIR": "FLAIR"}
 assert tuple(SUFFIXES) == SEQUENCES
-# Repetition, echo and inversion time in seconds, as typical of such protocols; they describe, nothing is computed from them.
+# Repetition, echo and inversion time in seconds, as typical of such protocols; nothing is computed from them.
 TIMES = {"T1": (1.9, 0.0026, 0.9), "T1c": (1.9, 0.0026, 0.9), "T2": (4.0, 0.09, None), "FLAIR": (9.0, 0.09, 2.5)}
 SAID = "SIMULATED: made by `braindino simulate`, not measured on anybody. Nothing medical can be learned from it."
 
 PARTICIPANT_COLUMNS: dict[str, dict[str, Any]] = {
     "participant_id": {"Description": "Subject; every number in this table is simulated."},
-    "age": {"Description": "Age at the first visit; ages at each visit are in sub-*/sub-*_sessions.tsv.", "Units": "years"},
+    "age": {
+        "Description": "Age at the first visit; ages at each visit are in sub-*/sub-*_sessions.tsv.",
+        "Units": "years",
+    },
     "sex": {"Description": "Sex; acts on head size.", "Levels": {"F": "female", "M": "male"}},
     "site": {"Description": "Simulated site, one protocol each: grid, storage orientation, intensity scale and noise."},
     "tumor": {"Description": "Whether there is a glioma.", "Levels": {"0": "no", "1": "yes"}},
     "idh": {
-        "Description": "Mutation of the IDH gene; acts on the shares of necrosis and enhancement. n/a without a tumour.",
+        "Description": "Mutation of the IDH gene; acts on necrosis and enhancement. n/a without a tumour.",
         "Levels": {"mutant": "mutated: less necrosis and enhancement", "wildtype": "not mutated"},
     },
     "survival_days": {
-        "Description": "Time from the first visit to death or last contact, drawn from a Weibull law whose risk grows with age and "
-        "the share of necrosis. n/a without a tumour.",
+        "Description": "Time from the first visit to death or last contact, drawn from a Weibull law whose risk grows "
+        "with age and the share of necrosis. n/a without a tumour.",
         "Units": "days",
     },
     "event": {
@@ -46,16 +49,17 @@ README = """SIMULATED cohort
 
 {said}
 
-`braindino simulate` bent the MNI152 brain template into one shape per subject, aged it, put a glioma into some subjects, and rendered
-T1w, contrast-enhanced T1w (ce-gadolinium), T2w and FLAIR images as {num_sites} invented sites would store them. Images hold the brain
-only (already skull-stripped); voxels outside it are 0. Seed {seed}, {num_subjects} subjects.
+`braindino simulate` bent the MNI152 brain template into one shape per subject, aged it, put a glioma into some
+subjects, and rendered T1w, contrast-enhanced T1w (ce-gadolinium), T2w and FLAIR images as {num_sites} invented sites
+would store them. Images hold the brain only (already skull-stripped); voxels outside it are 0.
+Seed {seed}, {num_subjects} subjects.
 
 - participants.tsv: age, sex, site, tumour, IDH status, survival; participants.json explains the columns.
 - sub-*/sub-*_sessions.tsv: age at each visit.
 - derivatives/tumor: labels of the tumours (1 necrotic core, 2 oedema, 3 enhancing) on the grid of the session's images.
 
-The template is the ICBM 2009a nonlinear symmetric average (copyright 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal
-Neurological Institute, McGill University), as shipped with nilearn.
+The template is the ICBM 2009a nonlinear symmetric average (copyright 1993-2004 Louis Collins, McConnell Brain Imaging
+Centre, Montreal Neurological Institute, McGill University), as shipped with nilearn.
 """
 
 

@@ -5,7 +5,6 @@ from types import MappingProxyType
 
 import numpy as np
 
-from braindino.manifest import SEQUENCES
 from braindino.simulation.anatomy import TISSUES, interpolate_lattice, lattice_axes
 from braindino.simulation.protocols import Grid
 from braindino.simulation.tumor import COMPARTMENTS
@@ -13,23 +12,31 @@ from braindino.simulation.tumor import COMPARTMENTS
 #: All that a voxel can hold, in the order of the fraction arrays.
 MATERIALS = (*TISSUES, *COMPARTMENTS)
 
-# Signal of pure material relative to white matter on T1, and the gain of the template's texture. Ranks follow the textbook: T1 has dark
-# CSF and bright white matter, T2 the reverse, FLAIR is T2 without free water; flowing blood is dark except after gadolinium.
-SIGNALS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+# Signal of pure material relative to white matter on T1, in the order of MATERIALS: CSF, grey, white, vessel, necrosis,
+# oedema, enhancing. Ranks follow the textbook: T1 has dark CSF and bright white matter, T2 the reverse, FLAIR is T2
+# without free water; flowing blood is dark except after gadolinium.
+SIGNALS: Mapping[str, tuple[float, ...]] = MappingProxyType(
     {
-        "T1": {"csf": 0.24, "grey": 0.70, "white": 1.00, "vessel": 0.36, "necrosis": 0.40, "edema": 0.70, "enhancing": 0.62},
-        "T1c": {"csf": 0.25, "grey": 0.72, "white": 1.00, "vessel": 1.80, "necrosis": 0.42, "edema": 0.71, "enhancing": 1.65},
-        "T2": {"csf": 1.55, "grey": 0.78, "white": 0.54, "vessel": 0.30, "necrosis": 1.35, "edema": 1.15, "enhancing": 0.92},
-        "FLAIR": {"csf": 0.16, "grey": 0.84, "white": 0.66, "vessel": 0.24, "necrosis": 0.60, "edema": 1.40, "enhancing": 1.12},
+        "T1": (0.24, 0.70, 1.00, 0.36, 0.40, 0.70, 0.62),
+        "T1c": (0.25, 0.72, 1.00, 1.80, 0.42, 0.71, 1.65),
+        "T2": (1.55, 0.78, 0.54, 0.30, 1.35, 1.15, 0.92),
+        "FLAIR": (0.16, 0.84, 0.66, 0.24, 0.60, 1.40, 1.12),
     }
-)  # fmt: skip
+)
+# Gain of the template's texture, which is the residual of a T1.
 TEXTURE_GAIN: Mapping[str, float] = MappingProxyType({"T1": 1.0, "T1c": 1.0, "T2": -0.7, "FLAIR": -0.5})
 # Standard deviation of the logarithm of each material's signal from scan to scan.
 SIGNAL_VARIATION = 0.03
 
 
 def draw_image(
-    rng: np.random.Generator, sequence: str, *, fractions: np.ndarray, texture: np.ndarray, brain: np.ndarray, grid: Grid
+    rng: np.random.Generator,
+    sequence: str,
+    *,
+    fractions: np.ndarray,
+    texture: np.ndarray,
+    brain: np.ndarray,
+    grid: Grid,
 ) -> np.ndarray:
     """One image as the scanner stores it: (x, y, z) int16, 0 outside the brain and at least 1 inside.
 
@@ -41,9 +48,8 @@ def draw_image(
         brain: (x, y, z) bool with n true voxels.
         grid: the protocol's scale, offset, noise and bias are applied.
     """
-    assert sequence in SEQUENCES
     protocol = grid.protocol
-    levels = np.array([SIGNALS[sequence][material] for material in MATERIALS], dtype=np.float32)
+    levels = np.array(SIGNALS[sequence], dtype=np.float32)
     levels *= np.exp(rng.normal(0, SIGNAL_VARIATION, len(levels))).astype(np.float32)
     signal = levels @ fractions + np.float32(TEXTURE_GAIN[sequence]) * texture
     signal *= np.exp(protocol.bias * _draw_bias(rng, grid)[brain])

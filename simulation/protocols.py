@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-# The box that every grid covers, in mm of the scanner (RAS+): the head of the template with room for large brains and tilted heads.
+# The box that every grid covers, in mm of the scanner (RAS+): the template's brain, with room for large and tilted ones.
 FIELD_CENTRE = (0.0, -17.0, 5.0)
 FIELD_SIZE = (176.0, 214.0, 186.0)
 # Thick slices are averaged over samples at most about this far apart; the template itself is sampled at 1 mm.
@@ -16,7 +16,7 @@ _AXIS_OF_CODE = {"L": (0, -1), "R": (0, 1), "P": (1, -1), "A": (1, 1), "I": (2, 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """One site. The last storage axis is the slice axis, as scanners write it; all sequences of a session share the grid."""
+    """One site. The last storage axis runs across the slices; all sequences of a session share the grid."""
 
     site: str
     """Name in ``participants.tsv``."""
@@ -62,8 +62,8 @@ PROTOCOLS = (
 class Grid:
     """The voxel grid of one protocol.
 
-    Inside the simulation arrays are indexed (x, y, z), growing to the right, anterior and superior; only ``to_storage`` turns them
-    into the order of the file.
+    Inside the simulation arrays are indexed (x, y, z), growing to the right, anterior and superior; only ``to_storage``
+    turns them into the order of the file.
     """
 
     protocol: Protocol
@@ -90,7 +90,7 @@ class Grid:
 
     @cached_property
     def samples(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sampling positions along x, y and z: the voxel centres, with ``num_samples`` per slice across the slice axis."""
+        """Sampling positions along x, y and z: the voxel centres, but ``num_samples`` per slice across the slices."""
         axes = list(self.centres)
         within = (np.arange(self.num_samples) + 0.5) / self.num_samples - 0.5
         axes[self.slice_axis] = (axes[self.slice_axis][:, None] + self.protocol.thickness * within).ravel()

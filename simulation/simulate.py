@@ -27,13 +27,13 @@ from braindino.simulation.anatomy import (
     template_positions,
     tissue_maps,
 )
-from braindino.simulation.contrast import MATERIALS, draw_image
+from braindino.simulation.contrast import draw_image
 from braindino.simulation.protocols import PROTOCOLS, Grid, Protocol
 from braindino.simulation.subjects import Subject, Visit, draw_subject, visit_generator
-from braindino.simulation.tumor import COMPARTMENTS, label_map, near_tumor, push_tissue, tumor_fractions
+from braindino.simulation.tumor import COMPARTMENTS, label_voxels, near_tumor, push_tissue, tumor_fractions
 from braindino.volume import save_array
 
-# Raised whenever the same seed gives other bytes: a cohort is never continued by a program that would not have begun it.
+# Raised whenever the same seed gives other bytes, so that no cohort is continued by a program that did not begin it.
 SIMULATION_VERSION = 1
 # BIDS leaves the folder ``code`` to whoever made the data.
 PARAMETERS_PATH = Path("code", "simulation.json")
@@ -55,7 +55,8 @@ def simulate_cohort(
 ) -> list[Subject]:
     """Write a simulated cohort, or what is missing of it, and return its subjects.
 
-    Sessions appear whole; files that exist are left alone. Subject k is the same whatever the number of subjects and of jobs.
+    Sessions appear whole; files that exist are left alone. Subject k is the same whatever the number of subjects and
+    of jobs.
 
     Args:
         out_dir: BIDS folder; new, empty, or one that was begun with the same parameters.
@@ -76,7 +77,8 @@ def simulate_cohort(
         _claim(out_dir, parameters(num_subjects=num_subjects, seed=seed, protocols=protocols))
         template = load_template()
         subjects = [
-            draw_subject(seed, index, protocols=protocols, tumor_sites=template.tumor_sites) for index in range(num_subjects)
+            draw_subject(seed, index, protocols=protocols, tumor_sites=template.tumor_sites)
+            for index in range(num_subjects)
         ]
         described = bids.cohort_files(subjects, seed=seed, num_sites=len(protocols), version=braindino.__version__)
         for path, content in described.items():
@@ -96,7 +98,7 @@ def simulate_cohort(
             rng = visit_generator(seed, index, number + 1)
             _write_session(out_dir, subject, subject.visits[number], rng, template)
 
-        # Threads share the template, and the heavy steps (interpolation, random numbers, compression) run outside Python's lock.
+        # Threads share the template; the heavy steps (interpolation, random numbers, compression) free Python's lock.
         with ThreadPoolExecutor(max_workers=jobs) as pool:
             for _ in track(pool.map(work, missing), total=len(missing), desc="sessions"):
                 pass
@@ -153,7 +155,7 @@ def render_session(
     # A voxel at the edge shows its share of brain only: skull stripping has cut away the rest.
     in_brain /= in_brain.sum(axis=0)
     labels = np.zeros(grid.shape, dtype=np.uint8)
-    labels[brain] = label_map(in_brain[-len(COMPARTMENTS) :], np.ones(in_brain.shape[1], dtype=bool))
+    labels[brain] = label_voxels(in_brain[-len(COMPARTMENTS) :])
     texture_in_brain = voxels(texture)[brain]
     images = {
         sequence: draw_image(rng, sequence, fractions=in_brain, texture=texture_in_brain, brain=brain, grid=grid)
@@ -188,7 +190,7 @@ def _check_folder(out_dir: Path) -> None:
     found = sorted(path.name for path in out_dir.iterdir() if not path.name.startswith(".") and path.name != "code")
     if found:
         raise ValueError(
-            f"{out_dir} holds {found[0]!r} and no {PARAMETERS_PATH}, so it is not a simulated cohort; choose a new folder"
+            f"{out_dir} holds {found[0]!r} and no {PARAMETERS_PATH}: not a simulated cohort; choose a new folder"
         )
 
 
@@ -203,8 +205,8 @@ def _claim(out_dir: Path, wanted: dict[str, Any]) -> None:
     if different:
         name = different[0]
         raise ValueError(
-            f"{out_dir} holds a cohort simulated with {name} = {found.get(name)}, not {wanted[name]}; choose a new folder, or the "
-            f"parameters in {path}"
+            f"{out_dir} holds a cohort simulated with {name} = {found.get(name)}, not {wanted[name]}; "
+            f"choose a new folder, or the parameters in {path}"
         )
 
 

@@ -11,11 +11,11 @@ from braindino.simulation.tumor import Tumor, draw_tumor, grow
 
 DAYS_PER_YEAR = 365.25
 
-# Every five subjects hold three tumours, of either mutation in turn, and two people with a second visit, so that small cohorts are
-# balanced too. Which of the five is drawn.
+# Every five subjects hold three tumours, of either mutation in turn, and two people with a second visit, so that small
+# cohorts are balanced too. Which of the five is drawn.
 ILLNESSES = (("wildtype", "mutant", "wildtype", None, None), ("mutant", "wildtype", "mutant", None, None))
 RETURNING = (True, True, False, False, False)
-# Survival is Weibull: days = scale * (exponential / risk) ** (1 / shape); the logarithm of the risk grows with age and necrosis.
+# Survival is Weibull: days = scale * (exponential / risk) ** (1 / shape); log(risk) grows with age and necrosis.
 SURVIVAL_SCALE, SURVIVAL_SHAPE = 900.0, 1.5
 RISK_PER_YEAR, RISK_PER_NECROSIS = 0.03, 3.5
 FOLLOW_UP_DAYS = (300.0, 2500.0)

@@ -1,4 +1,4 @@
-"""Gliomas: a necrotic core in an enhancing rim, in oedema that follows the white matter, with mass effect and growth."""
+"""Gliomas: a necrotic core in an enhancing rim, in oedema along the white matter, with mass effect and growth."""
 
 from dataclasses import dataclass, replace
 
@@ -14,8 +14,8 @@ NOISE_STEP = 4.0
 NOISE_POINTS = 37
 # Half width in mm of the partial-volume border between compartments.
 BORDER = 0.7
-# Ranges of the make-up: share of the core (necrosis and enhancement) in the whole, and of necrosis in the core. They overlap a
-# little between mutants and wild types, as in patients.
+# Ranges of the make-up: share of the core (necrosis and enhancement) in the whole, and of necrosis in the core. They
+# overlap a little between mutants and wild types, as in patients.
 CORE_SHARE = {"mutant": (0.05, 0.22), "wildtype": (0.16, 0.5)}
 NECROSIS_SHARE = {"mutant": (0.04, 0.25), "wildtype": (0.18, 0.6)}
 
@@ -49,7 +49,7 @@ class Tumor:
 
 
 def draw_tumor(rng: np.random.Generator, *, idh: str, sites: np.ndarray) -> Tumor:
-    """A random tumour at one of ``sites`` ((n, 3) template mm). ``idh`` ``mutant`` has little necrosis and enhancement."""
+    """A random tumour at one of ``sites`` ((n, 3) template mm); that of a ``mutant`` has little necrosis and enhancement."""
     shape = (NOISE_POINTS,) * 3
     outline = []
     for _ in range(3):
@@ -82,7 +82,9 @@ def near_tumor(positions: np.ndarray, tumor: Tumor) -> np.ndarray:
     return np.flatnonzero(((positions - tumor.centre[:, None]) ** 2).sum(axis=0) < (2.2 * tumor.radius) ** 2)
 
 
-def tumor_fractions(positions: np.ndarray, white: np.ndarray, csf: np.ndarray, tumor: Tumor) -> tuple[np.ndarray, np.ndarray]:
+def tumor_fractions(
+    positions: np.ndarray, white: np.ndarray, csf: np.ndarray, tumor: Tumor
+) -> tuple[np.ndarray, np.ndarray]:
     """What the tumour takes of every position.
 
     Args:
@@ -113,10 +115,10 @@ def tumor_fractions(positions: np.ndarray, white: np.ndarray, csf: np.ndarray, t
     return fractions.astype(np.float32), inner
 
 
-def label_map(fractions: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """uint8 labels of voxels (3, ...) that are mostly tumour and inside ``brain``: the strongest compartment, 0 elsewhere."""
+def label_voxels(fractions: np.ndarray) -> np.ndarray:
+    """uint8 labels of voxels with these fractions (3, n): the strongest compartment where most is tumour, else 0."""
     strongest = np.asarray(LABELS, dtype=np.uint8)[fractions.argmax(axis=0)]
-    return np.where((fractions.sum(axis=0) > 0.5) & brain, strongest, 0).astype(np.uint8)
+    return np.where(fractions.sum(axis=0) > 0.5, strongest, 0).astype(np.uint8)
 
 
 def _inside(distance: np.ndarray, radius: float) -> np.ndarray:

@@ -80,7 +80,9 @@ def test_boxes_are_distributed_as_torchvision_draws_them() -> None:
     ours = draw(4000, scale=(0.32, 1.0))
     torch.manual_seed(0)
     image = torch.zeros(1, 256, 256)
-    theirs = torch.tensor([RandomResizedCrop.get_params(image, [0.32, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]).double()
+    theirs = torch.tensor(
+        [RandomResizedCrop.get_params(image, [0.32, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
+    ).double()
     for column, values in enumerate((ours.top, ours.left, ours.height, ours.width)):
         assert torch.equal(values, values.round())
         assert values.double().mean().item() == pytest.approx(theirs[:, column].mean().item(), abs=3.0)

@@ -42,7 +42,7 @@ def test_sinkhorn_equals_the_textbook_iteration(iterations: int) -> None:
 
 
 def test_sinkhorn_of_two_samples_and_two_prototypes_by_hand() -> None:
-    # exp(l / T) = [[3, 1], [1, 1]]: prototypes to 1 gives [[3/4, 1/2], [1/4, 1/2]], samples then [[3/5, 2/5], [1/3, 2/3]].
+    # exp(l / T) = [[3, 1], [1, 1]]; prototypes to 1: [[3/4, 1/2], [1/4, 1/2]]; samples to 1: [[3/5, 2/5], [1/3, 2/3]].
     logits = torch.tensor([[math.log(3.0), 0.0], [0.0, 0.0]])
     expected = torch.tensor([[3 / 5, 2 / 5], [1 / 3, 2 / 3]])
     torch.testing.assert_close(sinkhorn_knopp(logits, temperature=1.0, iterations=1), expected)
@@ -109,7 +109,9 @@ def test_ibot_loss_averages_in_each_image_and_counts_unmasked_images_as_zero() -
     rows = [cross_entropy(teacher[m].tolist(), student[m].tolist(), 0.1) for m in range(5)]
     expected = (sum(rows[:3]) / 3 + sum(rows[3:]) / 2) / 4
     weights = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1 / 2, 1 / 2])
-    assert ibot_loss(student, teacher, weights, num_images=4, temperature=0.1).item() == pytest.approx(expected, rel=1e-5)
+    assert ibot_loss(student, teacher, weights, num_images=4, temperature=0.1).item() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_losses_of_equal_logits_are_ln_k() -> None:
