@@ -1,9 +1,10 @@
 """``braindino demo``: the whole way on a simulated cohort, by the same commands that a user would type.
 
-Every step is a program run on files; the commands are printed, and kept in ``commands.log`` of the output folder. A second
-run goes on where the first was stopped, because each program does.
+Every step is a program run on files; the commands are printed, and kept in ``commands.log`` of the output folder. A
+second run goes on where the first was stopped, because each program does.
 """
 
+import csv
 import json
 import os
 import shlex
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     log = ["# The commands behind this folder, in order. All data are simulated."]
     for number, step in enumerate(build_steps(out, config), start=1):
-        line = " ".join([*(f"{key}={shlex.quote(value)}" for key, value in step.environment.items()), shlex.join(step.command)])
+        line = " ".join(
+            [*(f"{key}={shlex.quote(value)}" for key, value in step.environment.items()), shlex.join(step.command)]
+        )
         print(f"\n[{time.monotonic() - start:4.0f} s] {number}. {step.title}\n    {line}", flush=True)
         if not _run(step):
             print(f"braindino demo: step {number} failed; its messages are above. Run again to go on.", file=sys.stderr)
@@ -97,17 +100,35 @@ def build_steps(out: Path, config: Demo) -> list[Step]:
         steps.append(
             _braindino(
                 f"Features: {name}",
-                "extract", "--prepared", prepared, "--encoder", encoder, "--out", features / name,
-                "--num-slices", NUM_SLICES,
-            )  # fmt: skip
+                "extract",
+                "--prepared",
+                prepared,
+                "--encoder",
+                encoder,
+                "--out",
+                features / name,
+                "--num-slices",
+                NUM_SLICES,
+            )
         )
     for task in ("sequence", "brain_age", "knn_sequence"):
         steps.append(
             _braindino(
                 f"Evaluate: {task}",
-                "evaluate", task, "--features", *(features / name for name in ("pretrained", "untrained", "intensity")),
-                "--out", out / "eval", "--test-subjects", held_out, "--cohort-tables", cohort,
-            )  # fmt: skip
+                "evaluate",
+                task,
+                "--features",
+                *(features / name for name in ("pretrained", "untrained", "intensity")),
+                "--out",
+                out / "eval",
+                "--test-subjects",
+                held_out,
+                "--labels",
+                cohort,
+                "--ratios",
+                0.4,
+                1.0,
+            )
         )
     steps.append(_braindino("Report", "report", out))
     return steps
@@ -115,13 +136,58 @@ def build_steps(out: Path, config: Demo) -> list[Step]:
 
 def results_table(out: Path) -> str:
     """Every result of the demo beside its baseline, and the pretrained encoder beside the same encoder untrained."""
-    raise NotImplementedError
+    rows = [("", "pretrained", "untrained", "baseline", "")]
+    scores = {
+        name: json.loads((out / "nnunet" / name / "scores.json").read_text()) for name in ("pretrained", "untrained")
+    }
+    for region, row in scores["pretrained"]["regions"].items():
+        rows.append(
+            (
+                f"Dice, {region}",
+                _mean_sd(row),
+                _mean_sd(scores["untrained"]["regions"][region]),
+                _number(row["baseline"]),
+                scores["pretrained"]["baseline"],
+            )
+        )
+    for task in ("sequence", "brain_age", "knn_sequence"):
+        rows += _task_rows(task, out / "eval" / task / "summary.tsv")
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
-def _segmentation(out: Path, cohort: Path, held_out: Path, encoder: Path) -> list[Step]:
+def _task_rows(task: str, summary: Path) -> list[tuple[str, str, str, str, str]]:
+    """One row per metric at all labels: for kNN at its smallest neighbourhood."""
+    with summary.open(newline="", encoding="utf-8") as handle:
+        lines = [line for line in csv.DictReader(handle, delimiter="\t") if float(line["ratio"]) == 1.0]
+    variant = lines[0]["variant"]
+    cells: dict[str, dict[str, dict[str, str]]] = {}
+    for line in lines:
+        if line["variant"] == variant:
+            cells.setdefault(line["metric"], {})[line["encoder"]] = line
+    return [
+        (
+            " ".join(filter(None, (task, variant, metric))),
+            _interval(by_encoder["pretrained"]),
+            _interval(by_encoder["untrained"]),
+            by_encoder["pretrained"]["baseline"],
+            by_encoder["pretrained"]["baseline_name"],
+        )
+        for metric, by_encoder in cells.items()
+    ]
+
+
+def _segmentation(out: Path, cohort: Path, held_out: Path, pretrained: Path) -> list[Step]:
     """Convert, plan, then train, predict and score once with each encoder."""
     root = out / "nnunet"
-    folders = {"nnUNet_raw": str(root / "raw"), "nnUNet_preprocessed": str(root / "preprocessed"), "nnUNet_def_n_proc": "2", "nnUNet_n_proc_DA": "2"}
+    folders = {
+        "nnUNet_raw": str(root / "raw"),
+        "nnUNet_preprocessed": str(root / "preprocessed"),
+        "nnUNet_n_proc_DA": "2",
+        "nnUNet_def_n_proc": "2",
+    }
     raw = root / "raw" / DATASET
     steps = [
         _braindino(
@@ -129,8 +195,31 @@ def _segmentation(out: Path, cohort: Path, held_out: Path, encoder: Path) -> lis
             "nnunet", "convert-bids", cohort, "--dataset-id", DATASET_ID, "--name", DATASET.split("_", 1)[1],
             "--test-subjects", held_out, environment=folders,
         ),
-        _program("Plan and preprocess", "nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "2d", "-np", 2, "-npfp", 2, environment=folders),
+        _program(
+            "Plan and preprocess",
+            "nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "2d", "-np", 2, "-npfp", 2, environment=folders,
+        ),
     ]  # fmt: skip
+    for name, encoder in {"pretrained": str(pretrained), "untrained": UNTRAINED}.items():
+        # One results folder for each encoder: nnU-Net names folders by trainer, and both have the same.
+        results = {**folders, "nnUNet_results": str(root / name / "results")}
+        predictions = root / name / "predictions"
+        steps += [
+            _program(
+                f"Train nnU-Net on the frozen encoder: {name}",
+                "nnUNetv2_train", DATASET_ID, "2d", 0, "-tr", TRAINER, "-device", "cpu", "--c",
+                environment={**results, "BRAINDINO_ENCODER": encoder},
+            ),
+            _program(
+                f"Segment the held-out subjects: {name}",
+                "nnUNetv2_predict", "-d", DATASET_ID, "-i", raw / "imagesTs", "-o", predictions, "-c", "2d", "-f", 0,
+                "-tr", TRAINER, "-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1, environment=results,
+            ),
+            _braindino(
+                f"Dice: {name}",
+                "nnunet", "score", predictions, raw / "labelsTs", "--out", root / name, environment=folders,
+            ),
+        ]  # fmt: skip
     return steps
 
 
@@ -146,3 +235,16 @@ def _program(title: str, name: str, *arguments: object, environment: Mapping[str
 
 def _run(step: Step) -> bool:
     return subprocess.run(step.command, env={**os.environ, **step.environment}, check=False).returncode == 0
+
+
+def _mean_sd(row: Mapping[str, float | None]) -> str:
+    return f"{_number(row['mean'])} ± {_number(row['sd'])}"
+
+
+def _interval(line: Mapping[str, str]) -> str:
+    return f"{line['estimate']} [{line['low']}, {line['high']}]"
+
+
+def _number(value: float | None) -> str:
+    """Three decimals; a dash where nothing was defined."""
+    return "–" if value is None else f"{value:.3f}"

@@ -261,9 +261,7 @@ class RotaryEmbedding(nn.Module):
         """(2, num_prefix + rows * columns, head_dim): cosines and sines; the prefix tokens are not turned (1 and 0)."""
         key = (rows, columns, num_prefix)
         if key not in self._tables:
-            # The table is kept; one made under inference_mode could not take part in a later training step.
-            with torch.inference_mode(False), torch.no_grad():
-                self._tables[key] = _rope_table(self.periods.clone(), rows, columns, num_prefix)
+            self._tables[key] = _rope_table(self.periods, rows, columns, num_prefix)
         return self._tables[key]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "RotaryEmbedding":

@@ -39,7 +39,7 @@ class ExtractConfig:
 class EvaluateConfig:
     """Train light heads on frozen features and score them on subjects never seen, beside a trivial baseline."""
 
-    task: tyro.conf.Positional[str]
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")]
     """A row of the task table: `sequence`, `brain_age` or `knn_sequence`."""
     features: tuple[Path, ...]
     """Feature folders made by extract, one per encoder; all are scored on the same scans and splits."""

@@ -50,9 +50,10 @@ def _run(config: EvaluateConfig, *, command: list[str]) -> None:
             raise ValueError(f"task {task.name} needs --labels: a BIDS folder or a table with a column {task.target!r}")
         labels = labels_of(scans, read_labels(config.labels, task.target))
     cases = select_cases(task, scans, labels)
+    cohorts = ", ".join(sorted({scan.cohort for scan in cases.scans}))
     print(
-        f"evaluate {task.name} (paper sec. {task.section}): {len(cases.scans)} scans of "
-        f"{len(set(cases.subjects))} subjects; cohorts {', '.join(sorted({scan.cohort for scan in cases.scans}))} {data_note(cases.scans)}".rstrip()
+        f"evaluate {task.name} (paper sec. {task.section}): {len(cases.scans)} scans of {len(set(cases.subjects))} "
+        f"subjects; cohorts {cohorts}; {data_note(cases.scans)}".rstrip("; ")
     )
     for reason, count in cases.left_out.items():
         print(f"left out: {count} scans, {reason}")
@@ -101,11 +102,10 @@ def _run(config: EvaluateConfig, *, command: list[str]) -> None:
 
 def _open_tables(config: EvaluateConfig) -> dict[str, FeatureTable]:
     """Return encoder name -> table; an encoder is called by the name of its feature folder."""
-    tables = {path.resolve().name: FeatureTable(path) for path in config.features}
-    if len(tables) < len(config.features):
-        names = [path.resolve().name for path in config.features]
-        raise ValueError(f"--features: found folders called {names}; give each encoder's folder a name of its own")
-    return tables
+    names = [path.resolve().name for path in config.features]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"--features: found folders called {names}; expected one or more, each with a name of its own")
+    return {name: FeatureTable(path) for name, path in zip(names, config.features, strict=True)}
 
 
 if __name__ == "__main__":

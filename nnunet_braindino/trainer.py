@@ -151,6 +151,9 @@ class nnUNetTrainerBrainDINOFrozen_demo(nnUNetTrainerBrainDINOFrozen):  # noqa: 
     largest_batch = 4
     mirroring = False
 
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        self.print_to_log_file("The demonstration leaves out nnU-Net's final validation.")
+
 
 class nnUNetTrainerBrainDINOFrozen_10epochs(nnUNetTrainerBrainDINOFrozen):  # noqa: N801
     """Some minutes on two CPU cores with ViT tiny: 10 epochs of 50 iterations, no mirroring, for small real

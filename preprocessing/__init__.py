@@ -1,1 +1,4 @@
-"""Raw cohorts to slices: find the scans, strip the skull, standardise, store, and account for every input file (paper sec. 4.1.2)."""
+"""Raw cohorts to slices (paper sec. 4.1.2): find the scans, strip the skull, standardise, store.
+
+Every input file is accounted for in ``scans.tsv``, whatever became of it.
+"""

@@ -1,11 +1,12 @@
 """The state of a prepared folder, one small file per input: what was made of it, from which bytes, with which settings.
 
-A case file is the last thing written for a scan, so whatever is named in one is finished. Owner of ``cases/*.json`` (version 1).
+A case file is the last thing written for a scan, so whatever is named in one is finished. Owner of ``cases/*.json``
+(version 1).
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class CaseFolder:
             if case is not None:
                 self._cases[case.scan.path] = case
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Case]:
         return iter(self._cases.values())
 
     def of(self, path: str) -> Case | None:
@@ -121,7 +122,7 @@ def write_case(out_dir: Path, case: Case) -> None:
 
 
 def remove_case(out_dir: Path, case: Case) -> None:
-    """Remove a case and what belongs to it; the case file first, so that a half-removed one does not count as finished."""
+    """Remove a case and what belongs to it; the case file first: a half-removed one must not look finished."""
     case_path(out_dir, case.name).unlink(missing_ok=True)
     if case.scan.status != "skipped":
         SliceStoreWriter(out_dir / "store").discard(case.scan.scan_id)

@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from braindino.preprocessing.naming import NameFacts, is_nifti_name, read_name
-
 from braindino.manifest import Scan
+from braindino.preprocessing.naming import NameFacts, is_nifti_name, read_name
 
 _MAGIC = re.compile(r"[*?\[]")
 _INSIDE_BIDS = re.compile(r"(sub|ses)-.+|anat")
@@ -95,7 +94,8 @@ def _expand(source: str) -> Iterator[Input]:
         parts = path.parts
         first_magic = next(index for index, part in enumerate(parts) if _MAGIC.search(part))
         root = Path(*parts[:first_magic])
-        for match in map(Path, sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207 -- Path.glob takes no absolute pattern
+        # Path.glob takes no absolute pattern.
+        for match in map(Path, sorted(glob.glob(str(path), recursive=True))):  # noqa: PTH207
             if match.is_dir():
                 yield from (Input(file, root) for file in _walk(match))
             elif is_nifti_name(match.name):
@@ -150,9 +150,10 @@ def _tell_apart(scans: list[tuple[Scan, Input]]) -> list[Scan]:
             other = taken.setdefault(scan.scan_id, scan)
             if other is not scan:
                 raise ValueError(
-                    f"{other.path} and {scan.path} would both be cohort {scan.cohort!r}, subject {scan.subject!r}, session "
-                    f"{scan.session!r}, sequence {scan.sequence!r} with the same file name; prepare their folders one after the "
-                    "other with different --cohort names, or tell them apart with --subject-pattern"
+                    f"{other.path} and {scan.path} would both be cohort {scan.cohort!r}, subject "
+                    f"{scan.subject!r}, session {scan.session!r}, sequence {scan.sequence!r} with the same file name; "
+                    "prepare their folders one after the other with different --cohort names, or tell them apart "
+                    "with --subject-pattern"
                 )
             result.append(scan)
     return sorted(result, key=lambda scan: (scan.cohort, scan.subject, scan.session, scan.sequence, scan.path))
@@ -160,4 +161,5 @@ def _tell_apart(scans: list[tuple[Scan, Input]]) -> list[Scan]:
 
 def _absolute(path: Path) -> Path:
     """``path`` made absolute without following links: users know their files by the names they gave."""
-    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 -- Path.absolute keeps "..", Path.resolve follows links
+    # Path.absolute keeps "..", Path.resolve follows links.
+    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100

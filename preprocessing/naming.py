@@ -1,8 +1,9 @@
 """What a file's name and folders say about a scan: subject, session, sequence, or that it is no scan at all.
 
-Two conventions are read. BIDS names (``sub-01_ses-2_ce-gadolinium_T1w.nii.gz``) say everything in entities and a suffix. Any other
-name is split into tokens at ``-``, ``_`` and ``.``, and only whole tokens count: ``t1`` is in ``patient-t1.nii.gz`` but not in
-``chart12.nii.gz``. What the name does not tell stays ``unknown``; nothing is guessed.
+Two conventions are read. BIDS names (``sub-01_ses-2_ce-gadolinium_T1w.nii.gz``) say everything in entities and a
+suffix. Any other name is split into tokens at ``-``, ``_`` and ``.``, and only whole tokens count: ``t1`` is in
+``patient-t1.nii.gz`` but not in ``chart12.nii.gz``. What the name does not tell stays ``unknown``; nothing is
+guessed.
 """
 
 import re
@@ -20,11 +21,19 @@ SEQUENCE_OF_TOKEN = {
 }
 CONTRAST_AGENT_TOKENS = frozenset({"ce", "gd", "gad", "gadolinium"})
 LABEL_TOKENS = frozenset(
-    ["mask", "masks", "brainmask", "seg", "dseg", "probseg", "aseg", "aparc", "parc", "segmentation", "segmentations", "label", "labels", "labelmap", "tissue", "tissues", "pve", "roi"]
-)
+    {
+        "mask", "masks", "brainmask", "seg", "dseg", "probseg", "aseg", "aparc", "parc", "segmentation",
+        "segmentations", "label", "labels", "labelmap", "tissue", "tissues", "pve", "roi",
+    }
+)  # fmt: skip
 OTHER_MODALITY_TOKENS = frozenset(
-    ["dwi", "dti", "adc", "trace", "fa", "md", "bold", "fmri", "rest", "func", "perf", "perfusion", "dsc", "dce", "asl", "pwi", "cbf", "cbv", "swi", "swan", "mra", "tof", "angio", "pd", "pdw", "t2s", "t2star", "t2starw", "t1map", "t2map", "ct", "pet", "phase", "magnitude", "fieldmap", "fmap", "epi", "sbref", "localizer", "localiser", "scout", "survey"]
-)
+    {
+        "dwi", "dti", "adc", "trace", "fa", "md", "bold", "fmri", "rest", "func", "perf", "perfusion",
+        "dsc", "dce", "asl", "pwi", "cbf", "cbv", "swi", "swan", "mra", "tof", "angio", "pd", "pdw", "t2s",
+        "t2star", "t2starw", "t1map", "t2map", "ct", "pet", "phase", "magnitude", "fieldmap", "fmap", "epi",
+        "sbref", "localizer", "localiser", "scout", "survey",
+    }
+)  # fmt: skip
 SEQUENCE_OF_BIDS_SUFFIX = {"T1w": "T1", "T2w": "T2", "FLAIR": "FLAIR"}
 BIDS_LABEL_SUFFIXES = frozenset({"mask", "dseg", "probseg"})
 
@@ -68,11 +77,13 @@ def read_name(
     Args:
         relative_path: path of the file below the source folder.
         source_name: name of the source folder: the subject of a file called just ``T1.nii.gz`` at its top.
-        subject_pattern: searched in ``relative_path`` (with ``/``); its groups ``subject``, ``session``, ``sequence`` override.
+        subject_pattern: searched in ``relative_path`` (with ``/``); its groups ``subject``, ``session``,
+            ``sequence`` override.
         sequence: the sequence of files whose name does not tell.
 
     Raises:
-        ValueError: ``subject_pattern`` does not match a file that would be prepared, or its ``sequence`` group is not a sequence.
+        ValueError: ``subject_pattern`` does not match a file that would be prepared, or its ``sequence`` group is
+            not a sequence.
     """
     stem = nifti_stem(relative_path.name)
     bids = _BIDS_NAME.fullmatch(stem)
@@ -113,10 +124,8 @@ def _read_free(relative_path: PurePath, source_name: str) -> NameFacts:
     sequence = _sequence_of(tokens)
     rest = _without_sequence(stem)
     folders = relative_path.parts[:-1]
-    if rest and (not folders or rest in folders):
-        subject = rest
-    else:
-        subject = folders[0] if folders else source_name
+    # A folder named like the file less its sequence is the subject's; otherwise the first folder is.
+    subject = next(iter(folders), source_name) if not rest or (folders and rest not in folders) else rest
     skip = ""
     if labels := LABEL_TOKENS.intersection(tokens):
         skip = f"label: {min(labels)!r} in the file name"
@@ -161,7 +170,7 @@ def _apply_pattern(facts: NameFacts, pattern: re.Pattern[str], relative_path: Pu
         groups["sequence"] = _sequence_of([found.lower()])
         if groups["sequence"] == UNKNOWN_SEQUENCE:
             raise ValueError(
-                f"--subject-pattern {pattern.pattern!r}: group 'sequence' is {found!r} for {relative_path.as_posix()!r}; "
-                f"expected one of {', '.join(sorted(SEQUENCE_OF_TOKEN))}"
+                f"--subject-pattern {pattern.pattern!r}: group 'sequence' is {found!r} for "
+                f"{relative_path.as_posix()!r}; expected one of {', '.join(sorted(SEQUENCE_OF_TOKEN))}"
             )
     return replace(facts, **groups)

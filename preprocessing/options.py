@@ -8,8 +8,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from braindino.manifest import SEQUENCES
-
 SkullStripName = Literal["hd-bet", "hd-bet-offline", "none"]
 
 
@@ -17,9 +15,9 @@ SkullStripName = Literal["hd-bet", "hd-bet-offline", "none"]
 class PrepareOptions:
     """Turn raw scans into brain masks and a slice store, with a row in DIR/scans.tsv for every input file.
 
-    SOURCE is a folder, a file or a quoted pattern such as 'data/**/*_T1w.nii.gz'; BIDS datasets are understood. Run it again
-    to go on after an interruption or to add other sources to the same DIR: only what is missing or changed is done.
-    Exit code 0: all done; 3: finished, but some scans are quarantined.
+    SOURCE is a folder, a file or a quoted pattern such as 'data/**/*_T1w.nii.gz'; BIDS datasets are understood. Run
+    it again to go on after an interruption or to add other sources to the same DIR: only what is missing or changed
+    is done. Exit code 0: all done; 3: finished, but some scans are quarantined.
     """
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
@@ -36,11 +34,11 @@ class PrepareOptions:
     """Where skull-stripping runs; auto takes a GPU when there is one."""
     cohort: str = ""
     """Name of the dataset; by default the name of each source folder."""
-    sequence: Literal["", "T1", "T1c", "T2", "FLAIR"] = ""
+    sequence: Literal["T1", "T1c", "T2", "FLAIR"] | None = None
     """Sequence of the files whose name does not tell it; they are 'unknown' otherwise."""
     subject_pattern: str = ""
-    """Regular expression searched in each path below its source, with a named group 'subject' and, if wanted, 'session' and
-    'sequence', e.g. '(?P<subject>BraTS-GLI-[0-9]+)-(?P<session>[0-9]+)'."""
+    """Regular expression searched in each path below its source, with a named group 'subject' and, if wanted,
+    'session' and 'sequence', e.g. '(?P<subject>BraTS-GLI-[0-9]+)-(?P<session>[0-9]+)'."""
     dry_run: bool = False
     """Only tell what would be done."""
 
@@ -49,10 +47,7 @@ class PrepareOptions:
             raise ValueError("SOURCE: none given; expected at least one folder, file or quoted pattern")
         if self.jobs < 0:
             raise ValueError(f"--jobs: found {self.jobs}; expected 0 or more")
-        if self.sequence and self.sequence not in SEQUENCES:
-            raise ValueError(f"--sequence: found {self.sequence!r}; expected one of {', '.join(SEQUENCES)}")
-        if self.subject_pattern:
-            self.compiled_subject_pattern()
+        self.compiled_subject_pattern()
 
     def compiled_subject_pattern(self) -> re.Pattern[str] | None:
         """``subject_pattern``, ready to search; None when not given."""
@@ -64,7 +59,7 @@ class PrepareOptions:
             raise ValueError(f"--subject-pattern {self.subject_pattern!r}: {error}") from error
         if "subject" not in pattern.groupindex or set(pattern.groupindex) - {"subject", "session", "sequence"}:
             raise ValueError(
-                f"--subject-pattern {self.subject_pattern!r}: found groups {sorted(pattern.groupindex)}; expected (?P<subject>...) "
-                "and, if wanted, (?P<session>...) and (?P<sequence>...)"
+                f"--subject-pattern {self.subject_pattern!r}: found groups {sorted(pattern.groupindex)}; "
+                "expected (?P<subject>...) and, if wanted, (?P<session>...) and (?P<sequence>...)"
             )
         return pattern

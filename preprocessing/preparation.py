@@ -1,4 +1,4 @@
-"""One scan: from its file to a brain mask, 128 standard slices in the store, and a case that says so (paper sec. 4.1.2)."""
+"""One scan: from its file to a brain mask, 128 slices in the store, and a case that says so (paper sec. 4.1.2)."""
 
 import sys
 import time
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from braindino.preprocessing.cases import Case, content_hash, remove_case, settings_hash, write_case
-from braindino.preprocessing.skull_strip import TOOLS, SkullStripper, check_brain_mask, looks_stripped
 
 from braindino.manifest import Scan, mask_path
+from braindino.preprocessing.cases import Case, content_hash, remove_case, settings_hash, write_case
+from braindino.preprocessing.skull_strip import TOOLS, SkullStripper, check_brain_mask, looks_stripped
 from braindino.slice_store import SliceStoreWriter
 from braindino.slices import NUM_SLICES, SLICE_ORIENTATION, axial_slices, gaussian_indices, scan_generator
 from braindino.transforms import standardize
@@ -142,7 +142,7 @@ def check_is_image(volume: Volume) -> None:
     if len(values) <= MAX_LABELS:
         raise VolumeError(
             "label_map",
-            f"holds {len(values)} distinct values; expected an image, which has more than {MAX_LABELS}: a mask or labels?",
+            f"holds {len(values)} distinct values, like a mask or a label map; expected an image (over {MAX_LABELS})",
         )
 
 

@@ -10,6 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import tyro
+
+from braindino.lock import lock_folder
+from braindino.manifest import Scan
 from braindino.preprocessing.cases import Case, CaseFolder, remove_case, write_case
 from braindino.preprocessing.discovery import describe_inputs, find_inputs
 from braindino.preprocessing.montage import draw_montages
@@ -17,11 +20,8 @@ from braindino.preprocessing.options import PrepareOptions
 from braindino.preprocessing.preparation import STORE_CONTRACT, ScanPreparer, Settings
 from braindino.preprocessing.skull_strip import TOOLS
 from braindino.preprocessing.worker_pool import WorkerDied, run_tasks
-
-from braindino.lock import lock_folder
-from braindino.manifest import Scan
 from braindino.progress import track
-from braindino.slice_store import SliceStoreWriter
+from braindino.slice_store import SliceStore, SliceStoreWriter
 
 SECONDS_BETWEEN_TABLES = 30.0
 EXIT_DONE, EXIT_ERROR, EXIT_QUARANTINED, EXIT_INTERRUPTED = 0, 1, 3, 130
@@ -96,7 +96,7 @@ def _find(options: PrepareOptions) -> tuple[list[Scan], list[Scan]]:
     return describe_inputs(
         find_inputs(options.sources, exclude_dir=options.out),
         cohort=options.cohort,
-        sequence=options.sequence,
+        sequence=options.sequence or "",
         subject_pattern=options.compiled_subject_pattern(),
     )
 
@@ -133,9 +133,9 @@ def _make_room(cases: CaseFolder, scans: Sequence[Scan], skipped: Sequence[Scan]
             continue
         if Path(other.scan.path).exists():
             raise ValueError(
-                f"{scan.path} and {other.scan.path}, which is in {cases.out_dir} already, would both be cohort {scan.cohort!r}, "
-                f"subject {scan.subject!r}, session {scan.session!r}, sequence {scan.sequence!r} with the same file name; "
-                "give another --cohort, or another --out"
+                f"{scan.path} and {other.scan.path}, which is in {cases.out_dir} already, would both be cohort "
+                f"{scan.cohort!r}, subject {scan.subject!r}, session {scan.session!r}, sequence {scan.sequence!r} with "
+                "the same file name; give another --cohort, or another --out"
             )
         cases.forget(other)
     for scan in skipped:
@@ -167,7 +167,7 @@ def _dead_case(out_dir: Path, scan: Scan, died: WorkerDied, settings: Settings) 
     return case
 
 
-def _publish(cases: CaseFolder):
+def _publish(cases: CaseFolder) -> SliceStore:
     """Publish the store of exactly the scans that are done."""
     writer = SliceStoreWriter(cases.out_dir / "store", contract=STORE_CONTRACT)
     store = writer.publish()
@@ -184,8 +184,9 @@ def _print_summary(rows: Sequence[Scan], *, num_new: int, out_dir: Path, pages: 
     done = [row for row in rows if row.status == "done"]
     seconds = sum(row.seconds for row in done) / max(1, len(done))
     print(
-        f"{len(rows)} files -> {out_dir / 'scans.tsv'}: {len(done)} done ({sum(row.num_slices for row in done)} slices, "
-        f"{seconds:.1f} s per scan), {len(rows) - len(done)} not; {num_new} worked on in this run"
+        f"{len(rows)} files -> {out_dir / 'scans.tsv'}: {len(done)} done "
+        f"({sum(row.num_slices for row in done)} slices, {seconds:.1f} s per scan), "
+        f"{len(rows) - len(done)} not; {num_new} worked on in this run"
     )
     for status in ("quarantined", "skipped"):
         by_code: dict[str, list[Scan]] = {}

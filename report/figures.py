@@ -3,21 +3,22 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from matplotlib.ticker import MaxNLocator
 
 from braindino.report.markup import THEME
 
 INK, SOFT, LINE, NEUTRAL = (THEME[name][0] for name in ("ink", "soft", "line", "neutral"))
 SERIES = tuple(THEME[f"series-{number}"][0] for number in (1, 2, 3, 4))
-STYLE = {
+# Typed loosely: matplotlib's own type for it spells out every key of one version.
+STYLE: Any = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "braindino",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
@@ -77,7 +78,7 @@ def cohort_figure(ages: Sequence[float], sequences: Mapping[str, int], sites: Ma
             low, high = 5 * math.floor(min(ages) / 5), 5 * math.floor(max(ages) / 5) + 5
             axes["ages"].hist(ages, bins=np.arange(low, high + 1, 5).tolist(), color=SERIES[0], rwidth=0.92)
             axes["ages"].set(title="Age", xlabel="years", ylabel="subjects")
-            axes["ages"].yaxis.get_major_locator().set_params(integer=True)
+            axes["ages"].yaxis.set_major_locator(MaxNLocator(integer=True))
             axes["ages"].grid(axis="y")
         if sequences:
             _bars(axes["sequences"], sequences, title="Sequence", xlabel="scans", colour=SERIES[0])
@@ -86,13 +87,14 @@ def cohort_figure(ages: Sequence[float], sequences: Mapping[str, int], sites: Ma
     return figure
 
 
-def curves_figure(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> Figure:
-    """One small panel per name against the iteration; from 100 points on, a running mean is drawn over the raw line.
+def curves_figure(rows: Sequence[Mapping[str, float]], titles: Mapping[str, str]) -> Figure:
+    """One small panel per quantity against the iteration; from 100 points on, a running mean is drawn over the raw line.
 
     Args:
-        rows: logged iterations, each with ``iteration`` and some of ``names``.
-        names: what to draw, in this order.
+        rows: logged iterations, each with ``iteration`` and some of the quantities.
+        titles: quantities in the order of the panels, each with the title of its panel.
     """
+    names = list(titles)
     columns = min(4, len(names))
     lines = math.ceil(len(names) / columns)
     with mpl.rc_context(STYLE):
@@ -106,10 +108,10 @@ def curves_figure(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> 
             panel.plot(*points.T, color=SERIES[0], linewidth=0.9 if many else 1.5, alpha=0.35 if many else 1)
             if many:
                 panel.plot(*_running_mean(points, width=len(points) // 25).T, color=SERIES[0], linewidth=1.8)
-            panel.set_title(name)
+            panel.set_title(titles[name])
             panel.grid(axis="y")
             panel.locator_params(nbins=4)
-            panel.ticklabel_format(axis="y", scilimits=(-3, 4), useMathText=False)
+            panel.yaxis.set_major_formatter("{x:g}")
             if place >= len(names) - columns:
                 panel.set_xlabel("iteration")
         for panel in axes[len(names) :]:
@@ -131,9 +133,19 @@ def interval_figure(estimates: Sequence[Estimate], *, xlabel: str, limits: tuple
         for height, estimate in enumerate(estimates):
             colour = NEUTRAL if estimate.series is None else SERIES[estimate.series]
             if math.isfinite(estimate.low) and math.isfinite(estimate.high):
-                axes.plot([estimate.low, estimate.high], [height, height], color=colour, linewidth=2.4, solid_capstyle="round")
+                axes.plot(
+                    [estimate.low, estimate.high], [height, height], color=colour, linewidth=2.4, solid_capstyle="round"
+                )
             marker, face = ("D", "none") if estimate.series is None else (MARKERS[estimate.series], colour)
-            axes.plot([estimate.value], [height], marker=marker, color=colour, markerfacecolor=face, markersize=6.5, linestyle="none")
+            axes.plot(
+                [estimate.value],
+                [height],
+                marker=marker,
+                color=colour,
+                markerfacecolor=face,
+                markersize=6.5,
+                linestyle="none",
+            )
         axes.set_yticks(range(len(estimates)), [estimate.label for estimate in estimates])
         axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=10)
         axes.set_ylim(len(estimates) - 0.5, -0.5)
@@ -162,7 +174,9 @@ def dice_figure(scores: Mapping[str, Mapping[str, Sequence[float]]], regions: Se
                 if not len(values):
                     continue
                 colour = SERIES[height % len(SERIES)]
-                panel.plot(values, [height] * len(values), "o", color=colour, markersize=4, alpha=0.4, markeredgewidth=0)
+                panel.plot(
+                    values, [height] * len(values), "o", color=colour, markersize=4, alpha=0.4, markeredgewidth=0
+                )
                 panel.plot([np.mean(values)], [height], MARKERS[height % len(MARKERS)], color=colour, markersize=8)
             panel.set(title=region, xlabel="Dice", xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5))
             panel.set_xticks([0, 0.5, 1])
@@ -184,10 +198,10 @@ def colour_bar() -> Figure:
     return figure
 
 
-def svg(figure: Figure) -> str:
-    """The figure as an SVG document, the same for the same figure, text as text."""
+def svg(figure: Figure, *, salt: str) -> str:
+    """The figure as an SVG document, text as text; the same for the same figure and ``salt``, which sets its ids apart."""
     buffer = io.StringIO()
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", metadata=SVG_METADATA)
     return buffer.getvalue()
 
@@ -195,7 +209,7 @@ def svg(figure: Figure) -> str:
 def png(pixels: np.ndarray) -> bytes:
     """A (height, width, 3) picture, values 0 to 1, as PNG."""
     buffer = io.BytesIO()
-    imsave(buffer, np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8), format="png", metadata={"Software": None})
+    imsave(buffer, np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8), format="png", metadata={"Software": ""})
     return buffer.getvalue()
 
 
@@ -237,7 +251,7 @@ def _bars(axes: Axes, counts: Mapping[str, int], *, title: str, xlabel: str, col
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set(title=title, xlabel=xlabel)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
 

@@ -76,7 +76,9 @@ def join(children: Iterable[object], separator: str = "") -> Html:
     return Html(separator.join(texts))
 
 
-def table(header: Sequence[object], rows: Iterable[Sequence[object]], *, caption: object = None, tall: bool = False) -> Html:
+def table(
+    header: Sequence[object], rows: Iterable[Sequence[object]], *, caption: object = None, tall: bool = False
+) -> Html:
     """A table; columns that hold nothing but numbers are set to the right.
 
     Args:
@@ -88,8 +90,13 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], *, caption
     rows = [list(row) for row in rows]
     numeric = [_is_numeric([row[column] for row in rows]) for column in range(len(header))]
     classes = ["number" if is_number else None for is_number in numeric]
-    head = element("tr", *(element("th", cell, class_=cls, scope="col") for cell, cls in zip(header, classes, strict=True)))
-    body = [element("tr", *(element("td", cell, class_=cls) for cell, cls in zip(row, classes, strict=True))) for row in rows]
+    head = element(
+        "tr", *(element("th", cell, class_=cls, scope="col") for cell, cls in zip(header, classes, strict=True))
+    )
+    body = [
+        element("tr", *(element("td", cell, class_=cls) for cell, cls in zip(row, classes, strict=True)))
+        for row in rows
+    ]
     content = element(
         "table", element("caption", caption) if caption else None, element("thead", head), element("tbody", *body)
     )
@@ -150,15 +157,7 @@ def details(summary: object, *content: object) -> Html:
     return element("details", element("summary", summary), *content)
 
 
-def sources(paths: Sequence[str]) -> Html | None:
-    """Links to the files behind a table or figure; paths relative to the page."""
-    if not paths:
-        return None
-    links = [element("a", path.removeprefix("../"), href=path) for path in paths]
-    return element("p", "From ", join(links, ", "), class_="sources")
-
-
-def page(title: str, header: Html, sections: Sequence[Section], footer: Html) -> str:
+def page(title: str, header: Html, sections: Sequence[Section]) -> str:
     """The whole document."""
     links = [element("a", section.title, href=f"#{section.anchor}") for section in sections if section.body is not None]
     body = element(
@@ -166,7 +165,6 @@ def page(title: str, header: Html, sections: Sequence[Section], footer: Html) ->
         header,
         element("nav", *links, aria_label="Sections"),
         element("main", *(_section(section) for section in sections)),
-        element("footer", footer),
     )
     head = element(
         "head",
@@ -204,7 +202,7 @@ body {
   margin: 0; color: var(--ink); background: var(--ground); -webkit-text-size-adjust: 100%;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
-body > header, nav, main, footer { max-width: 1100px; margin: 0 auto; padding: 0 1.5rem; }
+body > header, main { max-width: 1100px; margin: 0 auto; padding: 0 1.5rem; }
 body > header { padding-top: 2.5rem; }
 h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 .25rem; }
 h2 { font-size: 1.35rem; letter-spacing: -.01em; margin: 0 0 .6rem; }
@@ -219,7 +217,8 @@ pre { background: var(--panel); border-radius: 8px; padding: .9rem 1.1rem; overf
   padding: .7rem 1.1rem; margin: 1.2rem 0; max-width: none;
 }
 nav {
-  position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; padding-top: .7rem; padding-bottom: .7rem;
+  margin: 0 auto; position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; padding: .7rem 0;
+  width: calc(100% - 3rem); max-width: calc(1100px - 3rem);
   background: var(--ground); border-bottom: 1px solid var(--line); font-size: .92rem;
 }
 nav a { text-decoration: none; color: var(--soft); }
@@ -249,6 +248,7 @@ figure { margin: 1.2rem 0 1.6rem; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .55rem; max-width: 80ch; }
 figure svg, figure img { display: block; max-width: 100%; height: auto; }
 figure img { border-radius: 6px; }
+.halves { display: flex; flex-wrap: wrap; gap: 0 4rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 1.2rem; align-items: start; }
 .gallery figure { margin: 0; }
 .gallery img { width: 100%; }
@@ -263,6 +263,5 @@ figure svg text { font-family: inherit !important; }
 .sources { color: var(--soft); font-size: .86rem; max-width: none; }
 details { margin: 0 0 1rem; }
 summary { cursor: pointer; color: var(--link); margin-bottom: .6rem; }
-footer { color: var(--soft); font-size: .86rem; padding-top: 1.4rem; padding-bottom: 3rem; border-top: 1px solid var(--line); }
 @media print { nav { display: none; } section { break-inside: avoid-page; } .tall { max-height: none; } }
 """

@@ -82,7 +82,9 @@ def build_report(directory: Path) -> Report:
         ValueError: the folder holds nothing that the page could show.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such folder; give the project folder, the one that holds prepared/ and the like")
+        raise FileNotFoundError(
+            f"{directory}: no such folder; give the project folder, the one that holds prepared/ and the like"
+        )
     shown: list[Section] = []
     files: set[Path] = set()
     problems: list[str] = []
@@ -100,8 +102,7 @@ def build_report(directory: Path) -> Report:
             "pretrain/metrics.jsonl, nnunet/ with scores, eval/*/summary.tsv. Run `braindino demo` or the verbs that make them first"
         )
     name = directory.resolve().name
-    footer = Html("")
-    return Report(page(f"{name}: BrainDINO report", _header(directory, name, files), shown, footer), tuple(problems))
+    return Report(page(f"{name}: BrainDINO report", _header(directory, name, files), shown), tuple(problems))
 
 
 def _header(directory: Path, name: str, files: set[Path]) -> Html:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ import yaml
 from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, Scan, load_brain, read_scans
 from braindino.provenance import versions
 from braindino.report import figures, similarity
-from braindino.report.markup import Html, details, drawing, element, figure, join, picture, sources, table, tiles
+from braindino.report.markup import Html, details, drawing, element, figure, join, picture, table, tiles
 from braindino.slices import axial_slices
 from braindino.transforms import standardize
 from braindino.vision_transformer import VisionTransformer
@@ -30,9 +31,16 @@ MAX_MONTAGES = 6
 MAX_OVERLAYS = 8
 TALL_FROM_ROWS = 14
 MIDDLE_SLICE = 128
-CURVES = (
-    "loss", "dino", "ibot", "koleo", "teacher_entropy", "feature_std", "feature_rank", "lr",
-)  # fmt: skip
+CURVES = {
+    "loss": "loss",
+    "dino": "DINO",
+    "ibot": "iBOT",
+    "koleo": "KoLeo",
+    "teacher_entropy": "teacher entropy, nats",
+    "feature_std": "spread of features",
+    "feature_rank": "rank of features",
+    "lr": "learning rate",
+}
 KEY_SETTINGS = (
     ("architecture", "model.architecture"),
     ("prototypes", "model.num_prototypes"),
@@ -51,6 +59,12 @@ KEY_SETTINGS = (
     ("teacher momentum", "optimizer.teacher_momentum"),
     ("seed", "seed"),
 )
+
+
+SUMMARY_COLUMNS = (
+    "encoder", "ratio", "variant", "metric", "estimate", "low", "high", "baseline", "baseline_low", "baseline_high",
+    "baseline_name", "train_subjects", "test_subjects", "seeds", "data",
+)  # fmt: skip
 
 
 class Content(NamedTuple):
@@ -104,7 +118,10 @@ def preparation_section(root: Path) -> Content:
     scans = read_scans(path)
     of_status = Counter(scan.status for scan in scans)
     done = [scan for scan in scans if scan.status == "done"]
-    facts = [(of_status[status], word) for status, word in (("done", "scans prepared"), ("quarantined", "quarantined"), ("skipped", "skipped"))]
+    facts = [
+        (of_status[status], word)
+        for status, word in (("done", "scans prepared"), ("quarantined", "quarantined"), ("skipped", "skipped"))
+    ]
     parts: list[object] = [tiles([*facts, (f"{sum(scan.num_slices for scan in done):,}", "slices in the store")])]
 
     names = [name for name in (*SEQUENCES, UNKNOWN_SEQUENCE) if any(scan.sequence == name for scan in done)]
@@ -120,14 +137,16 @@ def preparation_section(root: Path) -> Content:
     bad = [scan for scan in scans if scan.status == "quarantined"]
     parts.append(element("h3", "Quarantined"))
     if bad:
-        lines = [[Path(scan.path).name, scan.cohort, scan.subject, scan.session, scan.sequence, scan.reason] for scan in bad]
+        lines = [
+            [Path(scan.path).name, scan.cohort, scan.subject, scan.session, scan.sequence, scan.reason] for scan in bad
+        ]
         header = ["file", "cohort", "subject", "session", "sequence", "reason"]
         parts.append(table(header, lines, tall=len(lines) > TALL_FROM_ROWS))
     else:
         parts.append(element("p", "No scan was quarantined.", class_="lead"))
     skipped = Counter(scan.reason for scan in scans if scan.status == "skipped")
     if skipped:
-        lines = [[reason, count] for reason, count in sorted(skipped.items())]
+        lines = [[reason, str(count)] for reason, count in sorted(skipped.items())]
         parts.append(details(f"{of_status['skipped']} files skipped", table(["reason", "files"], lines)))
 
     montages = sorted(path.parent.glob("montages/*.png"))
@@ -159,21 +178,31 @@ def pretraining_section(root: Path) -> Content:
 
     planned = _setting(settings, "iterations")
     done = f"{rows[-1]['iteration']:,}"
-    facts: list[tuple[object, object]] = [(done, f"iterations of {planned:,}" if isinstance(planned, int) else "iterations")]
+    facts: list[tuple[object, object]] = [
+        (done, f"iterations of {planned:,}" if isinstance(planned, int) else "iterations")
+    ]
     if (architecture := _setting(settings, "model.architecture")) is not None:
         facts.append((architecture, "encoder"))
     if isinstance(encoder.get("parameters"), int):
         facts.append((f"{encoder['parameters'] / 1e6:.1f} M", "parameters"))
-    facts += [(f"{rows[place]['loss']:.2f}", word) for place, word in ((0, "first loss"), (-1, "last loss")) if "loss" in rows[place]]
+    expected = rows[0].get("expected_initial_loss")
+    first = "first loss" if expected is None else f"first loss; {expected:.2f} expected"
+    facts += [
+        (f"{rows[place]['loss']:.2f}", word) for place, word in ((0, first), (-1, "last loss")) if "loss" in rows[place]
+    ]
     parts: list[object] = [tiles(facts)]
-    names = [name for name in CURVES if any(name in row for row in rows)]
-    if names:
-        drawn = figures.curves_figure(rows, names)
-        parts.append(_drawn(drawn, "The run, as logged; from 100 logged iterations on, a running mean over the raw values."))
+    titles = {name: title for name, title in CURVES.items() if any(name in row for row in rows)}
+    if titles:
+        drawn = figures.curves_figure(rows, titles)
+        parts.append(
+            _drawn(drawn, "The run, as logged; from 100 logged iterations on, a running mean over the raw values.")
+        )
     lines = [[word, _plain(value)] for word, key in KEY_SETTINGS if (value := _setting(settings, key)) is not None]
     if lines:
         parts.append(element("h3", "Recipe"))
-        parts.append(table(["setting", "value"], lines))
+        half = (len(lines) + 1) // 2
+        columns = [table(["setting", "value"], part) for part in (lines[:half], lines[half:]) if part]
+        parts.append(element("div", *columns, class_="halves"))
         parts.append(details("Every setting", element("pre", config.read_text(encoding="utf-8"))))
     if encoder:
         facts_of_encoder = [
@@ -195,7 +224,9 @@ def maps_section(root: Path) -> Content:
         return Content(None, "No pretrained encoder with prepared scans here, so patch-similarity maps are not shown.")
     scan, label_path = _scan_to_look_at(root, read_scans(table_path))
     if scan is None:
-        return Content(None, "None of the prepared scans is at its place any more, so patch-similarity maps are not shown.")
+        return Content(
+            None, "None of the prepared scans is at its place any more, so patch-similarity maps are not shown."
+        )
     cube = standardize(load_brain(table_path.parent, scan))
     index, tumour = MIDDLE_SLICE, None
     if label_path is not None:
@@ -216,7 +247,9 @@ def maps_section(root: Path) -> Content:
         if label_path is not None
         else f"axial slice {index} of {cube.shape[2]}, the middle of the brain"
     )
-    first_rule = "the one that holds most tumour" if points[0].name == "tumour" else "the one nearest to the middle of the slice"
+    first_rule = (
+        "the one that holds most tumour" if points[0].name == "tumour" else "the one nearest to the middle of the slice"
+    )
     lead = (
         f"{scan.subject_key}, {scan.session + ', ' if scan.session else ''}{scan.sequence}: {slice_rule}. Each map shows how alike the "
         "other patches are to the framed one, as cosine similarity of patch tokens after the last block (Eq. 12 of the paper), bilinear "
@@ -225,8 +258,14 @@ def maps_section(root: Path) -> Content:
         f"{'without tumour' if points[0].name == 'tumour' else 'of the others'}. The last column is the first three principal components "
         "of the tissue's tokens, as red, green and blue, each encoder its own."
     )
-    bar = drawing(figures.svg(figures.colour_bar()), alt="Colour scale from -1, blue, over 0, white, to 1, red")
-    parts = [element("p", lead), element("div", grid, class_="scroll"), figure(bar, "Cosine similarity with the framed patch.")]
+    bar = drawing(
+        figures.svg(figures.colour_bar(), salt="similarity"), alt="Colour scale from -1, blue, over 0, white, to 1, red"
+    )
+    parts = [
+        element("p", lead),
+        element("div", grid, class_="scroll"),
+        figure(bar, "Cosine similarity with the framed patch."),
+    ]
     files = [weights, table_path, *([label_path] if label_path else [])]
     return _content(root, parts, files, linked=files)
 
@@ -241,7 +280,9 @@ def segmentation_section(root: Path) -> Content:
     lines = []
     for name, score in scores.items():
         cells = [score["regions"].get(region) for region in regions]
-        lines.append([name, len(score["cases"]), *("–" if cell is None else _mean_and_deviation(cell) for cell in cells)])
+        lines.append(
+            [name, len(score["cases"]), *("–" if cell is None else _mean_and_deviation(cell) for cell in cells)]
+        )
     caption = "Dice per region: mean over cases ± standard deviation; a region that is empty in both has no Dice and is not counted"
     parts: list[object] = [table(["predictions", "cases", *regions], lines, caption=caption)]
     of_case = {
@@ -267,10 +308,19 @@ def tasks_section(root: Path) -> Content:
     if not paths:
         return Content(None, "No eval/*/summary.tsv here: no task was evaluated in this folder.")
     parts: list[object] = []
+    files: list[Path] = []
     for path in paths:
-        columns, rows = read_tsv(path)
-        parts += [element("h3", path.parent.name), _rows_table(columns, rows)]
-    return _content(root, parts, paths)
+        rows = _read_summary(path)
+        seeds = sorted(path.parent.glob("*/seed_*/metrics.json"))
+        files += [path, *seeds]
+        parts += [element("h3", path.parent.name.replace("_", " ")), *_task_parts(path, rows)]
+        if seeds:
+            links = [
+                [element("a", seed.relative_to(path.parent).as_posix(), href=link_to(root, seed)), _command(seed)]
+                for seed in seeds
+            ]
+            parts.append(details("Every seed, with the command that made it", table(["metrics", "command"], links)))
+    return _content(root, parts, files, linked=paths)
 
 
 def reproduction_section(root: Path) -> Content:
@@ -280,7 +330,9 @@ def reproduction_section(root: Path) -> Content:
     if log.is_file():
         parts += [element("h3", "Commands"), element("pre", log.read_text(encoding="utf-8").strip())]
     parts.append(element("h3", "Versions that made this page"))
-    parts.append(table(["package", "version"], [[name, element("code", number)] for name, number in versions().items()]))
+    parts.append(
+        table(["package", "version"], [[name, element("code", number)] for name, number in versions().items()])
+    )
     return _content(root, parts, [log] if log.is_file() else [])
 
 
@@ -294,6 +346,11 @@ def simulation_notice(root: Path) -> str | None:
             if re.search(r"\bsimulat", sentence, re.IGNORECASE):
                 return sentence.strip(" #")
     return None
+
+
+def link_to(root: Path, path: Path) -> str:
+    """The address of a file below ``root``, relative to the page in ``root/report``."""
+    return "../" + quote(path.relative_to(root).as_posix())
 
 
 def read_tsv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -327,6 +384,80 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _read_summary(path: Path) -> list[dict[str, str]]:
+    columns, rows = read_tsv(path)
+    missing = [name for name in SUMMARY_COLUMNS if name not in columns]
+    if missing or not rows:
+        raise ValueError(
+            f"{path}: columns {missing} are missing, {len(rows)} rows; expected the table that `braindino evaluate` writes"
+        )
+    return rows
+
+
+def _task_parts(path: Path, rows: Sequence[Mapping[str, str]]) -> list[object]:
+    """The figure of the main metric at the largest share of labels, and the table of everything."""
+    share = max(rows, key=lambda row: float(row["ratio"]))["ratio"]
+    metric = rows[0]["metric"]
+    shown = [row for row in rows if row["ratio"] == share and row["metric"] == metric]
+    estimates = []
+    for row in shown:
+        label = ", ".join(filter(None, (row["encoder"], row["variant"])))
+        estimates.append(_estimate(label, [row[name] for name in ("estimate", "low", "high")], _series(row["encoder"])))
+    floors = {
+        row["baseline_name"]: [row[name] for name in ("baseline", "baseline_low", "baseline_high")] for row in shown
+    }
+    estimates += [_estimate(name, numbers, None) for name, numbers in floors.items()]
+    better = "lower is better" if metric.startswith("mae") else "higher is better"
+    caption = (
+        f"{metric} on {shown[0]['test_subjects']} held-out subjects, {float(share):.0%} of the {shown[0]['train_subjects']} training "
+        f"subjects, mean of {shown[0]['seeds']} seed(s), 95 % interval; hollow: trivial baseline. {shown[0]['data']}"
+    )
+    limits = None if metric.startswith("mae") else (0.0, 1.02)
+    drawn = figures.interval_figure(estimates, xlabel=f"{metric}, {better}", limits=limits)
+    variants = any(row["variant"] for row in rows)
+    lines = [
+        [
+            row["encoder"],
+            *([row["variant"]] if variants else []),
+            f"{float(row['ratio']):.0%}",
+            row["train_subjects"],
+            row["metric"],
+            f"{row['estimate']} [{row['low']}, {row['high']}]",
+            f"{row['baseline']} [{row['baseline_low']}, {row['baseline_high']}]",
+            row["baseline_name"],
+        ]
+        for row in rows
+    ]
+    header = [
+        "encoder",
+        *(["variant"] if variants else []),
+        "labels",
+        "training subjects",
+        "metric",
+        "estimate",
+        "baseline",
+        "which",
+    ]
+    return [_drawn(drawn, caption), table(header, lines, tall=len(lines) > TALL_FROM_ROWS)]
+
+
+def _estimate(label: str, numbers: Sequence[str], series: int | None) -> figures.Estimate:
+    value, low, high = (float("nan") if number == "n/a" else float(number) for number in numbers)
+    return figures.Estimate(label, value, low, high, series)
+
+
+def _series(encoder: str) -> int:
+    """Which colour: 0 pretrained, 1 untrained, 2 no encoder at all."""
+    if "untrained" in encoder:
+        return 1
+    return 2 if encoder == "intensity" else 0
+
+
+def _command(path: Path) -> Html:
+    command = _read_json(path).get("provenance", {}).get("command", "")
+    return element("code", " ".join(command) if isinstance(command, list) else command)
+
+
 def _predictions_name(folder: Path, path: Path) -> str:
     """What was scored: the place of ``scores.json``, less a last ``scores``, which every folder of predictions has."""
     parts = path.parent.relative_to(folder).parts
@@ -348,14 +479,21 @@ def _mean_and_deviation(region: Mapping[str, Any]) -> str:
     return f"{region['mean']:.3f}" + ("" if region["sd"] is None else f" ± {region['sd']:.3f}")
 
 
-def _content(root: Path, parts: Sequence[object], files: Sequence[Path], *, linked: Sequence[Path] | None = None) -> Content:
+def _content(
+    root: Path, parts: Sequence[object], files: Sequence[Path], *, linked: Sequence[Path] | None = None
+) -> Content:
     """The parts with links to their files."""
-    names = [path.relative_to(root).as_posix() for path in (files if linked is None else linked)]
-    return Content(join([*parts, sources(names)]), files=files)
+    links = [
+        element("a", path.relative_to(root).as_posix(), href=link_to(root, path))
+        for path in (files if linked is None else linked)
+    ]
+    return Content(
+        join([*parts, element("p", "From ", join(links, ", "), class_="sources") if links else None]), files=files
+    )
 
 
 def _drawn(drawing_: Any, caption: str) -> Html:
-    return figure(drawing(figures.svg(drawing_), alt=caption), caption)
+    return figure(drawing(figures.svg(drawing_, salt=caption), alt=caption), caption)
 
 
 def _rows_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Html:
@@ -403,7 +541,7 @@ def _map_cells(
 
 def _scan_to_look_at(root: Path, scans: Sequence[Scan]) -> tuple[Scan | None, Path | None]:
     """The first prepared scan that is still there: with a tumour label before one without, contrast-enhanced T1 before T1 and others."""
-    labels = {}
+    labels: dict[tuple[str, str], Path] = {}
     for path in sorted((root / "cohort" / "derivatives").glob("tumor/sub-*/**/*_dseg.nii*")):
         session = next((part for part in path.parts if part.startswith("ses-")), "")
         subject = next(part for part in path.relative_to(root).parts if part.startswith("sub-"))
@@ -411,7 +549,12 @@ def _scan_to_look_at(root: Path, scans: Sequence[Scan]) -> tuple[Scan | None, Pa
     order = {name: place for place, name in enumerate(("T1c", "T1", "T2", "FLAIR"))}
     ranked = sorted(
         (scan for scan in scans if scan.status == "done"),
-        key=lambda scan: ((scan.subject, scan.session) not in labels, order.get(scan.sequence, len(order)), scan.subject_key, scan.session),
+        key=lambda scan: (
+            (scan.subject, scan.session) not in labels,
+            order.get(scan.sequence, len(order)),
+            scan.subject_key,
+            scan.session,
+        ),
     )
     for scan in ranked:
         if Path(scan.path).is_file():

@@ -50,7 +50,9 @@ def upsample(grid: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The (rows, columns) or (rows, columns, channels) map at slice resolution, bilinear, with patch centres where they belong."""
     values = torch.as_tensor(np.ascontiguousarray(grid), dtype=torch.float32)
     planes = values.reshape(*grid.shape[:2], -1).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(planes, size=shape, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+    resized = torch.nn.functional.interpolate(planes, size=shape, mode="bilinear", align_corners=False)[0].permute(
+        1, 2, 0
+    )
     return resized.numpy().reshape(*shape, *grid.shape[2:])
 
 
@@ -82,12 +84,14 @@ def foreground_patches(image: np.ndarray, patch_size: int) -> np.ndarray:
     return _patch_means(image != 0, patch_size) >= FOREGROUND_SHARE
 
 
-def reference_points(image: np.ndarray, patch_size: int, tumour: np.ndarray | None = None) -> tuple[ReferencePoint, ...]:
+def reference_points(
+    image: np.ndarray, patch_size: int, tumour: np.ndarray | None = None
+) -> tuple[ReferencePoint, ...]:
     """Three reference patches of a standardised slice, by rule: the same image gives the same points for every encoder.
 
-    Only foreground patches count (``foreground_patches``). With a tumour, the patch that holds the most of it; without, the patch
-    nearest to the middle of the slice. Then, among patches without any tumour, those of lowest and of highest mean intensity: CSF
-    and white matter on a T1-weighted scan. Ties go to the first patch in reading order.
+    Only foreground patches count (``foreground_patches``). With a tumour, the patch that holds the most of it, of equals the one
+    nearest to its centre; without, the patch nearest to the middle of the slice. Then, among patches without any tumour, those of
+    lowest and of highest mean intensity: CSF and white matter on a T1-weighted scan. Ties go to the first patch in reading order.
 
     Args:
         image: (height, width) slice, background exactly 0.
@@ -102,10 +106,13 @@ def reference_points(image: np.ndarray, patch_size: int, tumour: np.ndarray | No
         raise ValueError(f"slice of shape {image.shape}: {foreground.sum()} patches hold tissue; expected 3 or more")
     share = np.zeros(foreground.shape) if tumour is None else _patch_means(tumour, patch_size)
     if (share * foreground).max() > 0:
-        first = _point("tumour", share, foreground)
+        rows, columns = np.indices(share.shape)
+        centre = (rows * share).sum() / share.sum(), (columns * share).sum() / share.sum()
+        fullest = foreground & (share == share[foreground].max())
+        first = _point("tumour", -_squared_distance(share.shape, centre), fullest)
     else:
-        offsets = [(np.arange(extent) - (extent - 1) / 2) ** 2 for extent in foreground.shape]
-        first = _point("centre", -np.add.outer(*offsets), foreground)
+        middle = (share.shape[0] - 1) / 2, (share.shape[1] - 1) / 2
+        first = _point("centre", -_squared_distance(share.shape, middle), foreground)
     others = foreground & (share == 0)
     others[first.row, first.column] = False
     if not others.any():
@@ -161,6 +168,11 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def _patch_means(image: np.ndarray, patch_size: int) -> np.ndarray:
     rows, columns = (extent // patch_size for extent in image.shape)
     return image.reshape(rows, patch_size, columns, patch_size).mean(axis=(1, 3), dtype=np.float64)
+
+
+def _squared_distance(shape: tuple[int, ...], place: tuple[float, float]) -> np.ndarray:
+    rows, columns = np.indices(shape)
+    return (rows - place[0]) ** 2 + (columns - place[1]) ** 2
 
 
 def _point(name: str, score: np.ndarray, allowed: np.ndarray) -> ReferencePoint:

@@ -25,9 +25,9 @@ COARSE_STEP = 2
 SHARPENING = 1.7
 # Factor on the odds of CSF against tissue, at full atrophy. It acts only where there is some CSF: sulci widen and the
 # cortex thins.
-CSF_ODDS_OLD = 6.0
+CSF_ODDS_OLD = 9.0
 # Displacement of the ventricle wall in mm, at no and at full atrophy.
-VENTRICLE_SHIFT = (-1.0, 4.5)
+VENTRICLE_SHIFT = (-1.0, 5.5)
 # Mean intensity of the tissues on the template T1; what it has beyond them is texture.
 TEMPLATE_T1 = {"csf": 0.255, "grey": 0.65, "white": 0.87}
 

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-# The box that every grid covers, in mm of the scanner (RAS+): the template's brain, with room for large and tilted ones.
+# The box that every grid covers, in mm of the scanner (RAS+): the template's brain, with room for larger ones.
 FIELD_CENTRE = (0.0, -17.0, 5.0)
 FIELD_SIZE = (176.0, 214.0, 186.0)
 # Thick slices are averaged over samples at most about this far apart; the template itself is sampled at 1 mm.

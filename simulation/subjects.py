@@ -75,7 +75,7 @@ def draw_subject(seed: int, index: int, *, protocols: Sequence[Protocol], tumor_
     age = round(float(AGE_RANGE[0] + quantile * (AGE_RANGE[1] - AGE_RANGE[0])), 1)
 
     rng = visit_generator(seed, index, 0)
-    sex = str(rng.choice(["F", "M"]))
+    sex = "FM"[_design_generator(seed, 3, index // 2).permutation(2)[index % 2]]
     person = draw_person(rng, sex=sex)
     gap = float(rng.uniform(1.0, 2.0))
     visits = [Visit("ses-1", age, None)]

@@ -16,7 +16,7 @@ NOISE_POINTS = 37
 BORDER = 0.7
 # Ranges of the make-up: share of the core (necrosis and enhancement) in the whole, and of necrosis in the core. They
 # overlap a little between mutants and wild types, as in patients.
-CORE_SHARE = {"mutant": (0.05, 0.22), "wildtype": (0.16, 0.5)}
+CORE_SHARE = {"mutant": (0.04, 0.18), "wildtype": (0.13, 0.4)}
 NECROSIS_SHARE = {"mutant": (0.04, 0.25), "wildtype": (0.18, 0.6)}
 
 
@@ -49,7 +49,7 @@ class Tumor:
 
 
 def draw_tumor(rng: np.random.Generator, *, idh: str, sites: np.ndarray) -> Tumor:
-    """A random tumour at one of ``sites`` ((n, 3) template mm); that of a ``mutant`` has little necrosis and enhancement."""
+    """A random tumour at one of ``sites`` ((n, 3) template mm); mutants have little necrosis and enhancement."""
     shape = (NOISE_POINTS,) * 3
     outline = []
     for _ in range(3):
@@ -57,7 +57,7 @@ def draw_tumor(rng: np.random.Generator, *, idh: str, sites: np.ndarray) -> Tumo
         outline.append(0.8 * broad / broad.std() + 0.6 * fine / fine.std())
     return Tumor(
         centre=sites[rng.integers(len(sites))].astype(float),
-        radius=float(rng.uniform(16, 27)),
+        radius=float(rng.uniform(18, 31)),
         core_share=float(rng.uniform(*CORE_SHARE[idh])),
         necrosis_share=float(rng.uniform(*NECROSIS_SHARE[idh])),
         mass_effect=float(rng.uniform(0.1, 0.3)),
@@ -101,7 +101,7 @@ def tumor_fractions(
     distance = np.sqrt((away**2).sum(axis=0))
     at = away / NOISE_STEP + (NOISE_POINTS - 1) / 2
     outer, core, inner = (ndimage.map_coordinates(part, at, order=1, mode="nearest") for part in tumor.outline)
-    whole_share = _inside(distance * np.exp(0.16 * outer) * (1.25 - 0.3 * white), tumor.radius)
+    whole_share = _inside(distance * np.exp(0.24 * outer) * (1.35 - 0.4 * white), tumor.radius)
     core_distance = distance * np.exp(0.13 * core)
     core_share = _inside(core_distance, tumor.core_radius)
     necrosis_share = _inside(core_distance * np.exp(0.16 * inner), tumor.necrosis_radius)

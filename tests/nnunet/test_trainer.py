@@ -1,0 +1,288 @@
+"""The trainer's contract with stock nnU-Net: plans, encoder, optimiser, and the whole way through its console scripts."""
+
+import copy
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from braindino import load_encoder, save_encoder
+from braindino.vision_transformer import VisionTransformer
+from braindino.volume import load_labels, save_array
+from nnunet_braindino import _startup, trainer
+from nnunet_braindino.network import count_parameters
+from nnunet_braindino.trainer import nnUNetTrainerBrainDINOFrozen
+
+DATASET_JSON = {
+    "channel_names": {"0": "T1", "1": "FLAIR"},
+    "labels": {"background": 0, "whole tumor": [1, 2], "tumor core": [2]},
+    "regions_class_order": [1, 2],
+    "file_ending": ".nii.gz",
+}
+
+
+def make_plans(*, patch_size: tuple[int, ...] = (192, 160), batch_size: int = 105) -> dict:
+    """As the planner writes them, with what the trainer reads."""
+    configuration = {
+        "data_identifier": "nnUNetPlans_2d",
+        "preprocessor_name": "DefaultPreprocessor",
+        "patch_size": list(patch_size),
+        "batch_size": batch_size,
+        "spacing": [1.0] * len(patch_size),
+        "normalization_schemes": ["ZScoreNormalization"] * 2,
+        "use_mask_for_norm": [True, True],
+        "batch_dice": True,
+        "architecture": {"network_class_name": "unused", "arch_kwargs": {}, "_kw_requires_import": []},
+    }
+    return {
+        "dataset_name": "Dataset999_Test",
+        "plans_name": "nnUNetPlans",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "label_manager": "LabelManager",
+        "configurations": {"2d": configuration},
+        "continue_training": False,
+    }
+
+
+def save_small_encoder(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    save_encoder(VisionTransformer(embed_dim=64, depth=4, num_heads=1, layer_scale_init=1.0), folder)
+    return folder
+
+
+@pytest.fixture
+def small_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nnUNetTrainerBrainDINOFrozen:
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    monkeypatch.setenv(trainer.ENCODER_VARIABLE, str(save_small_encoder(tmp_path / "encoder")))
+    monkeypatch.setattr(stock, "infer_dataset_class", lambda folder: None)
+    return nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
+
+
+def test_patches_become_256_and_the_batch_keeps_the_planned_number_of_pixels():
+    plans = make_plans()  # what the planner makes of BraTS
+    trainer.fit_plans(plans, "2d")
+    assert plans["configurations"]["2d"]["patch_size"] == [256, 256]
+    assert plans["configurations"]["2d"]["batch_size"] == 49
+    small = make_plans(patch_size=(64, 64), batch_size=4)
+    trainer.fit_plans(small, "2d")
+    assert small["configurations"]["2d"]["batch_size"] == 2
+    limited = make_plans()
+    trainer.fit_plans(limited, "2d", largest_batch=4)
+    assert limited["configurations"]["2d"]["batch_size"] == 4
+    json.dumps(plans)  # nnU-Net writes them into the model folder
+
+
+def test_a_3d_configuration_is_refused_with_the_command_that_works():
+    with pytest.raises(ValueError, match="'2d' has 3-dimensional patches.*nnUNetv2_train DATASET 2d FOLD"):
+        trainer.fit_plans(make_plans(patch_size=(128, 128, 128)), "2d")
+
+
+def test_slices_that_are_not_axial_and_unmasked_normalisation_are_warned_about():
+    plans = make_plans()
+    assert trainer.plan_warnings(plans, "2d") == []
+    plans["transpose_forward"] = [2, 0, 1]
+    plans["configurations"]["2d"]["use_mask_for_norm"] = [True, False]
+    axis, background = trainer.plan_warnings(plans, "2d")
+    assert "slices are not axial" in axis
+    assert "background is then not 0" in background
+
+
+def test_without_an_encoder_the_error_says_how_to_set_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(trainer.ENCODER_VARIABLE, raising=False)
+    with pytest.raises(ValueError, match="BRAINDINO_ENCODER is not set.*export BRAINDINO_ENCODER=RUN/encoder"):
+        nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
+
+
+def test_the_constructor_and_the_builder_have_the_signatures_that_nnunet_asks_for():
+    ours, theirs = (inspect.signature(each.__init__) for each in (nnUNetTrainerBrainDINOFrozen, stock.nnUNetTrainer))
+    assert list(ours.parameters) == list(theirs.parameters)
+    build = nnUNetTrainerBrainDINOFrozen.build_network_architecture
+    assert list(inspect.signature(build).parameters) == list(
+        inspect.signature(stock.nnUNetTrainer.build_network_architecture).parameters
+    )
+
+
+def test_plans_alone_build_the_network_with_neither_variable_nor_encoder_file(
+    small_trainer: nnUNetTrainerBrainDINOFrozen, monkeypatch: pytest.MonkeyPatch
+):
+    plans = json.loads(json.dumps(small_trainer.plans_manager.plans))
+    (Path(os.environ[trainer.ENCODER_VARIABLE]) / "encoder.safetensors").unlink()
+    monkeypatch.delenv(trainer.ENCODER_VARIABLE)
+    manager = PlansManager(plans)
+    network = nnUNetTrainerBrainDINOFrozen.build_network_architecture(
+        manager, manager.get_configuration("2d"), 2, 2, enable_deep_supervision=False
+    )
+    assert network(torch.zeros(1, 2, 32, 48)).shape == (1, 2, 32, 48)
+    assert plans["braindino"]["name"] and len(plans["braindino"]["sha256"]) == 64
+    with pytest.raises(ValueError, match="the plans hold no 'braindino' entry"):
+        nnUNetTrainerBrainDINOFrozen.build_network_architecture(
+            PlansManager(make_plans()), manager.get_configuration("2d"), 2, 2
+        )
+
+
+def test_initialize_loads_the_frozen_weights_and_prints_what_is_trained(
+    small_trainer: nnUNetTrainerBrainDINOFrozen, capsys: pytest.CaptureFixture[str]
+):
+    small_trainer.initialize()
+    encoder = load_encoder(os.environ[trainer.ENCODER_VARIABLE])
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(small_trainer.network.encoder.state_dict()[name], value), name
+    printed = capsys.readouterr().out
+    assert str(count_parameters(small_trainer.network)) in printed
+    assert encoder.sha256 in printed
+    assert "batch size 49" in printed
+
+
+def test_the_optimiser_trains_all_but_the_encoder_and_its_rate_falls_linearly_to_zero(
+    small_trainer: nnUNetTrainerBrainDINOFrozen,
+):
+    small_trainer.initialize()
+    optimizer, schedule = small_trainer.optimizer, small_trainer.lr_scheduler
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for name, p in small_trainer.network.named_parameters() if not name.startswith("encoder.")
+    }
+    assert (optimizer.defaults["weight_decay"], optimizer.defaults["betas"]) == (5e-2, (0.9, 0.98))
+    rates = []
+    for epoch in (0, 25, 50, 99):
+        schedule.step(epoch)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([3e-4, 2.25e-4, 1.5e-4, 3e-6])
+
+
+def test_continuing_with_another_encoder_is_refused(
+    small_trainer: nnUNetTrainerBrainDINOFrozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    small_trainer.initialize()
+    small_trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    weights = copy.deepcopy(small_trainer.network.state_dict())
+    same = nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
+    same.load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    assert all(torch.equal(weights[name], value) for name, value in same.network.state_dict().items())
+
+    monkeypatch.setenv(trainer.ENCODER_VARIABLE, str(save_small_encoder(tmp_path / "other", seed=1)))
+    other = nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
+    with pytest.raises(ValueError, match="was trained with encoder .* set it to the first"):
+        other.load_checkpoint(str(tmp_path / "checkpoint.pth"))
+
+
+def test_the_start_up_hook_appends_our_folder_once_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(_startup.OPT_OUT_VARIABLE, raising=False)
+    monkeypatch.setenv(_startup.TRAINER_VARIABLE, "/my/trainers")
+    for _ in range(2):
+        _startup.register()
+        assert os.environ[_startup.TRAINER_VARIABLE] == os.pathsep.join(["/my/trainers", _startup.TRAINER_DIR])
+    monkeypatch.delenv(_startup.TRAINER_VARIABLE)
+    monkeypatch.setenv(_startup.OPT_OUT_VARIABLE, "1")
+    _startup.register()
+    assert _startup.TRAINER_VARIABLE not in os.environ
+    assert [path.name for path in Path(_startup.TRAINER_DIR).glob("*.py")] == ["braindino_trainers.py"]
+
+
+def test_the_installed_package_makes_a_fresh_python_know_the_trainer_folder(tmp_path: Path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("nnUNet", "BRAINDINO"))}
+    code = "import os, sys; print(os.environ['nnUNet_extTrainer'], 'torch' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == [_startup.TRAINER_DIR, "False"]
+
+
+TWO_ITERATIONS = """
+from nnunet_braindino.trainer import nnUNetTrainerBrainDINOFrozen_demo
+
+
+class nnUNetTrainerTwoIterations(nnUNetTrainerBrainDINOFrozen_demo):
+    epochs = 1
+    iterations = 2
+    validation_iterations = 1
+    largest_batch = 2
+"""
+
+
+def write_scans(folder: Path) -> None:
+    """Three patients of 40x36x8 voxels, a bright ball with a brighter core, stored in RAS+ with thick slices."""
+    x, y, z = np.meshgrid(*(np.arange(n) for n in (40, 36, 8)), indexing="ij")
+    affine = np.diag([1.0, 1.0, 3.0, 1.0])
+    for number in range(3):
+        radius = np.hypot(np.hypot(x - 16 - 4 * number, y - 18), 3 * (z - 4))
+        labels = (radius < 9).astype(np.uint8) + (radius < 5)
+        brain = np.hypot(x - 20, y - 18) < 15
+        noise = np.random.default_rng(number).normal(scale=5, size=labels.shape)
+        image = np.where(brain, 100 + 60.0 * labels + noise, 0)
+        save_array(image, affine, folder / f"p{number}_t1.nii.gz", dtype=np.float32)
+        save_array(image[::-1], affine, folder / f"p{number}_t2.nii.gz", dtype=np.float32)
+        save_array(labels, affine, folder / f"p{number}_seg.nii.gz", dtype=np.uint8)
+
+
+def test_nnunet_plans_trains_and_predicts_from_elsewhere_with_the_encoder_gone(tmp_path: Path):
+    """Stock console scripts: plan and preprocess, train, predict; the last without variable, encoder file, raw or data."""
+    scans, own_trainers, encoder = tmp_path / "scans", tmp_path / "own", save_small_encoder(tmp_path / "encoder")
+    write_scans(scans)
+    own_trainers.mkdir()
+    (own_trainers / "two_iterations.py").write_text(TWO_ITERATIONS)
+    (tmp_path / "test.txt").write_text("scans/p2\n")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("nnUNet", "BRAINDINO"))}
+    environment |= {f"nnUNet_{name}": str(tmp_path / name) for name in ("raw", "preprocessed", "results")}
+    environment |= {
+        "nnUNet_extTrainer": str(own_trainers),
+        "nnUNet_n_proc_DA": "1",
+        "nnUNet_def_n_proc": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    logs = []
+
+    def run(*command: object, **more: str) -> None:
+        program = Path(sys.executable).with_name(str(command[0]))
+        done = subprocess.run(
+            [program, *map(str, command[1:])],
+            env=environment | more,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        logs.append(done.stdout + done.stderr)
+        assert done.returncode == 0, logs[-1]
+
+    images = [f"{scans}/*_t1.nii.gz", f"{scans}/*_t2.nii.gz"]
+    run(
+        *("braindino", "nnunet", "convert-pairs", "--images", *images, "--labels", f"{scans}/*_seg.nii.gz"),
+        *("--channels", "T1", "T2", "--label-names", "rim", "core", "--test-subjects", tmp_path / "test.txt"),
+        *("--dataset-id", 9, "--name", "Balls"),
+    )
+    run("nnUNetv2_plan_and_preprocess", "-d", 9, "-c", "2d", "-npfp", 1, "-np", 1)
+    name = "nnUNetTrainerTwoIterations"
+    run("nnUNetv2_train", 9, "2d", 0, "-tr", name, "-device", "cpu", BRAINDINO_ENCODER=str(encoder))
+
+    model = tmp_path / "results" / "Dataset009_Balls" / f"{name}__nnUNetPlans__2d"
+    checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
+    for key, value in load_encoder(encoder).state_dict().items():
+        assert torch.equal(checkpoint["network_weights"][f"encoder.{key}"], value), key
+    assert not torch.equal(checkpoint["network_weights"]["fusion.weight"], torch.full((3, 2, 1, 1), 0.5))
+    assert json.loads((model / "plans.json").read_text())["configurations"]["2d"]["patch_size"] == [256, 256]
+
+    encoder.rename(tmp_path / "gone")
+    images_dir, labels_dir = (tmp_path / "raw" / "Dataset009_Balls" / part for part in ("imagesTs", "labelsTs"))
+    predictions = tmp_path / "elsewhere" / "predictions"
+    arguments = ["-i", images_dir, "-o", predictions, "-d", 9, "-c", "2d", "-f", 0, "-tr", name]
+    run("nnUNetv2_predict", *arguments, "-device", "cpu", "-npp", 1, "-nps", 1)
+    predicted, affine = load_labels(predictions / "p2.nii.gz")
+    reference, reference_affine = load_labels(labels_dir / "p2.nii.gz")
+    assert predicted.shape == reference.shape == (40, 36, 8)
+    np.testing.assert_allclose(affine, reference_affine, atol=1e-5)
+    run("braindino", "nnunet", "score", predictions, labels_dir)
+    scores = json.loads((predictions / "scores" / "scores.json").read_text())
+    assert set(scores["regions"]) == {"rim", "core"}
+    ours = [line for log in logs for line in log.splitlines() if "Warning" in line and "braindino/" in line]
+    assert ours == []
