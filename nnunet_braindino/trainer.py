@@ -5,6 +5,7 @@ gradient clip at norm 12, mixed precision on CUDA, 250 training and 50 validatio
 augmentation.
 """
 
+import math
 import os
 from typing import Any
 
@@ -45,6 +46,7 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
     iterations = ITERATIONS_PER_EPOCH
     validation_iterations = VALIDATION_ITERATIONS_PER_EPOCH
     learning_rate = LEARNING_RATE
+    patch_size = PATCH_SIZE
     largest_batch: int | None = None
     """Upper bound of the batch size, for machines without a GPU; None keeps the planner's pixel budget."""
     mirroring = True
@@ -60,7 +62,7 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
     ) -> None:
         self.pretrained_encoder = encoder_from_environment()
         plans[PLANS_KEY] = encoder_identity(self.pretrained_encoder)
-        fit_plans(plans, configuration, largest_batch=self.largest_batch)
+        fit_plans(plans, configuration, patch_size=self.patch_size, largest_batch=self.largest_batch)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.epochs
         self.num_iterations_per_epoch = self.iterations
@@ -98,7 +100,8 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
         identity = self.plans_manager.plans[PLANS_KEY]
         self.print_to_log_file(f"BrainDINO: {count_parameters(network)}")
         self.print_to_log_file(f"BrainDINO: frozen encoder {identity['name']}, sha256 {identity['sha256']}")
-        self.print_to_log_file(f"BrainDINO: patches {PATCH_SIZE}, batch size {self.configuration_manager.batch_size}")
+        planned = self.configuration_manager
+        self.print_to_log_file(f"BrainDINO: patches {planned.patch_size}, batch size {planned.batch_size}")
         for warning in plan_warnings(self.plans_manager.plans, self.configuration_name):
             self.print_to_log_file(f"WARNING: {warning}")
 
@@ -140,15 +143,18 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
 
 
 class nnUNetTrainerBrainDINOFrozen_demo(nnUNetTrainerBrainDINOFrozen):  # noqa: N801
-    """A minute or two on two CPU cores with ViT tiny: 6 epochs of 25 iterations, no mirroring. Not a serious
-    training.
+    """A minute or two on two CPU cores with ViT tiny: 6 epochs of 25 iterations. Not a serious training.
+
+    For speed the patches fit the simulated brains more closely, nothing is mirrored in training or prediction, and the
+    final validation of the fold is left out: the demonstration scores subjects that were held out altogether.
     """
 
     epochs = 6
     iterations = 25
     validation_iterations = 2
     learning_rate = 1e-3
-    largest_batch = 4
+    patch_size = (160, 128)
+    largest_batch = 8
     mirroring = False
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
@@ -189,9 +195,12 @@ def encoder_identity(encoder: VisionTransformer) -> dict[str, Any]:
     return {"name": encoder.name, "sha256": encoder.sha256, "architecture": encoder.architecture}
 
 
-def fit_plans(plans: dict, configuration: str, *, largest_batch: int | None = None) -> None:
-    """Change the configuration in place to 256x256 patches, at most as many pixels per batch as planned, at least two
-    patches.
+def fit_plans(
+    plans: dict, configuration: str, *, patch_size: tuple[int, int] = PATCH_SIZE, largest_batch: int | None = None
+) -> None:
+    """Change the configuration in place to patches of another size, with at most as many pixels per batch as planned.
+
+    There are never fewer than two patches in a batch, and never more than ``largest_batch``.
 
     Raises:
         ValueError: the configuration is not two-dimensional.
@@ -202,14 +211,12 @@ def fit_plans(plans: dict, configuration: str, *, largest_batch: int | None = No
             f"configuration {configuration!r} has {len(planned.patch_size)}-dimensional patches, but the encoder sees "
             "slices; train with configuration 2d: nnUNetv2_train DATASET 2d FOLD -tr nnUNetTrainerBrainDINOFrozen"
         )
-    assert all(size % 16 == 0 for size in PATCH_SIZE), (
-        f"patch size {PATCH_SIZE} must be a multiple of the ViT's 16 pixels"
-    )
-    planned_pixels = planned.batch_size * planned.patch_size[0] * planned.patch_size[1]
-    batch_size = max(MIN_BATCH_SIZE, planned_pixels // (PATCH_SIZE[0] * PATCH_SIZE[1]))
+    assert all(size % 16 == 0 for size in patch_size), f"patches of {patch_size} are no multiple of the ViT's 16 pixels"
+    batch_size = planned.batch_size * math.prod(planned.patch_size) // math.prod(patch_size)
     if largest_batch is not None:
         batch_size = min(batch_size, largest_batch)
-    plans["configurations"][configuration].update(patch_size=list(PATCH_SIZE), batch_size=int(batch_size))
+    batch_size = int(max(MIN_BATCH_SIZE, batch_size))
+    plans["configurations"][configuration].update(patch_size=list(patch_size), batch_size=batch_size)
 
 
 def plan_warnings(plans: dict, configuration: str) -> list[str]:

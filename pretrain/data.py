@@ -18,6 +18,7 @@ from braindino.manifest import Scan
 from braindino.pretrain.masking import batch_masks
 from braindino.pretrain.randomness import numpy_generator
 from braindino.slice_store import SliceStore
+from braindino.splits import read_subjects
 
 
 class Exclusion(NamedTuple):
@@ -132,24 +133,20 @@ def build_loader(reader: BatchReader, iterations: range, *, num_workers: int, pi
 
 
 def read_exclusion(path: Path, scans: list[Scan]) -> Exclusion:
-    """Subjects listed in a text file, one `cohort/subject` per line; empty lines are skipped.
+    """The subjects of a list (`braindino split` writes one), and the hash of what they are.
 
     Raises:
-        ValueError: a line is not of that form, or none of the subjects is among the scans (so that a list with
+        ValueError: a line is no `cohort/subject`, or none of the subjects is among the scans (so that a list with
             misspelt names cannot pass for an exclusion).
     """
-    text = path.read_text(encoding="utf-8")
-    subjects = [line.strip() for line in text.splitlines() if line.strip()]
-    for subject in subjects:
-        if "/" not in subject:
-            raise ValueError(f"{path}: found {subject!r}; expected `cohort/subject`, one per line")
+    subjects = read_subjects(path)
     known = {scan.subject_key for scan in scans}
     if subjects and not known.intersection(subjects):
         raise ValueError(
             f"{path}: none of its {len(subjects)} subjects is in the store (first: {subjects[0]!r}; the store has "
             f"{sorted(known)[:3]}...); check the cohort names"
         )
-    return Exclusion(frozenset(subjects), hashlib.sha256(text.encode()).hexdigest())
+    return Exclusion(frozenset(subjects), hashlib.sha256("\n".join(sorted(subjects)).encode()).hexdigest())
 
 
 def usable_slices(store: SliceStore, excluded: frozenset[str]) -> np.ndarray:

@@ -69,7 +69,7 @@ class Estimate(NamedTuple):
 
 
 def cohort_figure(ages: Sequence[float], sequences: Mapping[str, int], sites: Mapping[str, int]) -> Figure:
-    """Ages of the subjects, and how many scans each sequence and how many subjects each site has; empty parts are left out."""
+    """Ages of the subjects, scans per sequence, subjects per site; parts without data are left out."""
     panels = [name for name, part in (("ages", ages), ("sequences", sequences), ("sites", sites)) if part]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * len(panels), 2.3), layout="constrained")
@@ -88,7 +88,8 @@ def cohort_figure(ages: Sequence[float], sequences: Mapping[str, int], sites: Ma
 
 
 def curves_figure(rows: Sequence[Mapping[str, float]], titles: Mapping[str, str]) -> Figure:
-    """One small panel per quantity against the iteration; from 100 points on, a running mean is drawn over the raw line.
+    """One small panel per quantity against the iteration; from 100 points on, a running mean is drawn over the raw
+    line.
 
     Args:
         rows: logged iterations, each with ``iteration`` and some of the quantities.
@@ -199,7 +200,7 @@ def colour_bar() -> Figure:
 
 
 def svg(figure: Figure, *, salt: str) -> str:
-    """The figure as an SVG document, text as text; the same for the same figure and ``salt``, which sets its ids apart."""
+    """The figure as an SVG document, text as text; equal for equal figure and ``salt``, which sets its ids apart."""
     buffer = io.StringIO()
     with mpl.rc_context({**STYLE, "svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", metadata=SVG_METADATA)
@@ -214,7 +215,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def grey_picture(image: np.ndarray) -> np.ndarray:
-    """(height, width, 3) in 0 to 1: a standardised slice, its background black, its 1st to 99th percentile from dark to white."""
+    """(height, width, 3) in 0 to 1: a standardised slice, 1st to 99th percentile dark to white, background black."""
     tissue = image != 0
     if not tissue.any():
         return np.zeros((*image.shape, 3))
@@ -224,7 +225,7 @@ def grey_picture(image: np.ndarray) -> np.ndarray:
 
 
 def similarity_picture(values: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """(height, width, 3) in 0 to 1: similarity, -1 (blue) to 1 (red), with the outline of the tissue of ``image`` in black."""
+    """(height, width, 3) in 0 to 1: similarity, -1 (blue) to 1 (red), the tissue of ``image`` outlined in black."""
     pixels = mpl.colormaps[SIMILARITY_COLOURS]((values + 1) / 2)[..., :3]
     pixels[_outline(image != 0)] = 0.1
     return pixels

@@ -1,7 +1,7 @@
 """HTML as values: elements that escape what they are given, tables, inline pictures, and the frame of a page.
 
-Text from files is escaped by default; only ``Html`` passes as it is, and only this module and ``element`` make it. The page needs
-no script and no other file: style sheet inline, pictures as data URIs or inline SVG.
+Text from files is escaped by default; only ``Html`` passes as it is, and only this module makes it. The page needs no
+script and no other file: style sheet inline, pictures as data URIs or inline SVG.
 """
 
 import base64
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-# Name of a colour: on a light page, on a dark page. The series are Okabe and Ito's, safe for the colour-blind, tuned for contrast.
+# Name of a colour: on a light page, on a dark page. The series are close to Okabe and Ito's, safe for the colour-blind.
 THEME = {
     "ink": ("#1c2128", "#e4e8ec"),
     "soft": ("#59636e", "#9aa5b1"),
@@ -59,8 +59,8 @@ class Section(NamedTuple):
 def element(name: str, /, *children: object, **attributes: object) -> Html:
     """``<name attributes>children</name>``; children other than ``Html`` are escaped, attributes always are.
 
-    An attribute whose Python name ends in an underscore loses it (``class_``), other underscores become hyphens, and one whose
-    value is None or False is left out.
+    An attribute name loses a last underscore (``class_``), other underscores become hyphens; an attribute whose value
+    is None or False is left out.
     """
     parts = [name]
     for key, value in attributes.items():
@@ -217,7 +217,8 @@ pre { background: var(--panel); border-radius: 8px; padding: .9rem 1.1rem; overf
   padding: .7rem 1.1rem; margin: 1.2rem 0; max-width: none;
 }
 nav {
-  margin: 0 auto; position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; padding: .7rem 0;
+  margin: 0 auto; position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap;
+  gap: .2rem 1.4rem; padding: .7rem 0;
   width: calc(100% - 3rem); max-width: calc(1100px - 3rem);
   background: var(--ground); border-bottom: 1px solid var(--line); font-size: .92rem;
 }
@@ -228,9 +229,13 @@ section:last-child { border-bottom: 0; }
 section.missing { padding: 1.1rem 0; color: var(--soft); }
 section.missing h2 { font-size: 1.02rem; margin: 0; }
 section.missing p { margin: 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: .8rem; margin: 1.2rem 0 1.6rem; }
-.tiles div { display: flex; flex-direction: column-reverse; justify-content: flex-end; background: var(--panel); border-radius: 8px;
-  padding: .8rem 1rem; }
+.tiles {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: .8rem; margin: 1.2rem 0 1.6rem;
+}
+.tiles div {
+  display: flex; flex-direction: column-reverse; justify-content: flex-end; padding: .8rem 1rem;
+  background: var(--panel); border-radius: 8px;
+}
 .tiles dd { margin: 0; font-size: 1.5rem; font-weight: 600; line-height: 1.25; letter-spacing: -.01em;
   font-variant-numeric: tabular-nums; }
 .tiles dt { color: var(--soft); font-size: .86rem; line-height: 1.35; }
@@ -241,7 +246,7 @@ table { border-collapse: collapse; font-size: .91rem; font-variant-numeric: tabu
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem; font-size: .92rem; }
 th, td { text-align: left; padding: .36rem 1.4rem .36rem 0; vertical-align: top; }
 th { font-weight: 600; border-bottom: 1.5px solid var(--ink); white-space: nowrap; }
-td { border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+td { border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 tbody tr:last-child td { border-bottom: 0; }
 .number { text-align: right; white-space: nowrap; }
 figure { margin: 1.2rem 0 1.6rem; }
@@ -249,13 +254,13 @@ figcaption { color: var(--soft); font-size: .9rem; margin-top: .55rem; max-width
 figure svg, figure img { display: block; max-width: 100%; height: auto; }
 figure img { border-radius: 6px; }
 .halves { display: flex; flex-wrap: wrap; gap: 0 4rem; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 1.2rem; align-items: start; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 1.2rem; }
 .gallery figure { margin: 0; }
 .gallery img { width: 100%; }
 .gallery.wide { grid-template-columns: 1fr; }
 .gallery.wide img { width: auto; }
 figure svg text { font-family: inherit !important; }
-.maps { display: grid; gap: .5rem .6rem; align-items: center; margin: 1.2rem 0 .4rem; min-width: 46rem; font-size: .9rem; }
+.maps { display: grid; gap: .5rem .6rem; align-items: center; margin: 1.2rem 0 .4rem; min-width: 46rem; }
 .maps img { display: block; width: 100%; height: auto; border-radius: 6px; }
 .maps .column { text-align: center; color: var(--soft); line-height: 1.3; align-self: end; }
 .maps .row { font-weight: 600; line-height: 1.3; overflow-wrap: anywhere; }

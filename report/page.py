@@ -1,7 +1,7 @@
 """``braindino report DIR``: one static page, DIR/report/index.html, with everything that a project folder holds.
 
-The page opens from the disk without a network: no script, no other file, no request. Built twice from the same files with the
-same installation it is the same, byte for byte.
+The page opens from the disk without a network: no script, no other file, no request. Built twice from the same
+files with the same installation it is the same, byte for byte.
 """
 
 import sys
@@ -15,7 +15,7 @@ import tyro
 
 from braindino import __version__
 from braindino.atomic import write_text
-from braindino.report import sections
+from braindino.report import maps, sections
 from braindino.report.markup import Html, Section, element, page
 
 
@@ -31,7 +31,7 @@ PARTS = (
     Part("cohort", "Cohort", sections.cohort_section),
     Part("scans", "Prepared scans", sections.preparation_section),
     Part("pretraining", "Pretraining", sections.pretraining_section),
-    Part("maps", "What the encoder holds to be alike", sections.maps_section),
+    Part("maps", "What the encoder holds to be alike", maps.maps_section),
     Part("segmentation", "Segmentation", sections.segmentation_section),
     Part("tasks", "Tasks", sections.tasks_section),
     Part("made", "How it was made", sections.reproduction_section),
@@ -40,7 +40,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write DIR/report/index.html: cohort, curves, maps, segmentations and task results of a project folder on one page."""
+    """Write DIR/report/index.html: cohort, curves, maps, segmentations and task results on one page."""
 
     directory: Annotated[Path, tyro.conf.arg(name="DIR", metavar="DIR")]
     """Project folder, with any of cohort/, prepared/, pretrain/, nnunet/ and eval/ in it."""
@@ -99,7 +99,8 @@ def build_report(directory: Path) -> Report:
     if not files and not problems:
         raise ValueError(
             f"{directory}: nothing to report; expected one or more of cohort/participants.tsv, prepared/scans.tsv, "
-            "pretrain/metrics.jsonl, nnunet/ with scores, eval/*/summary.tsv. Run `braindino demo` or the verbs that make them first"
+            "pretrain/metrics.jsonl, nnunet/**/scores.json, eval/*/summary.tsv; "
+            "run `braindino demo` or the verbs that make them first"
         )
     name = directory.resolve().name
     return Report(page(f"{name}: BrainDINO report", _header(directory, name, files), shown), tuple(problems))

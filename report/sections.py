@@ -1,11 +1,9 @@
-"""The sections of the page: each reads its files in the folder and says what it found, or in one line what is not there.
+"""The sections of the page: each shows what its files in the folder hold, or says in one line that they are not there.
 
-Every table and picture comes from files below the folder. No path read from a table is opened, but for the scan behind the
-similarity maps, through ``braindino.manifest.load_brain``.
+Every table and picture comes from files below the folder. No path read from a table is opened, but for the scan
+behind the similarity maps, through ``braindino.manifest.load_brain``.
 """
 
-import csv
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,24 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-import numpy as np
-import torch
-import yaml
-
-from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, Scan, load_brain, read_scans
+from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, read_scans
 from braindino.provenance import versions
-from braindino.report import figures, similarity
+from braindino.report import figures
 from braindino.report.markup import Html, details, drawing, element, figure, join, picture, table, tiles
-from braindino.slices import axial_slices
-from braindino.transforms import standardize
-from braindino.vision_transformer import VisionTransformer
-from braindino.volume import load_labels
-from braindino.weights import ARCHITECTURES, ENCODER_FILE, UNTRAINED_PREFIX, load_encoder
+from braindino.report.records import numbers, read_json, read_json_lines, read_tsv, read_yaml
 
 MAX_MONTAGES = 6
 MAX_OVERLAYS = 8
 TALL_FROM_ROWS = 14
-MIDDLE_SLICE = 128
 CURVES = {
     "loss": "loss",
     "dino": "DINO",
@@ -59,8 +48,6 @@ KEY_SETTINGS = (
     ("teacher momentum", "optimizer.teacher_momentum"),
     ("seed", "seed"),
 )
-
-
 SUMMARY_COLUMNS = (
     "encoder", "ratio", "variant", "metric", "estimate", "low", "high", "baseline", "baseline_low", "baseline_high",
     "baseline_name", "train_subjects", "test_subjects", "seeds", "data",
@@ -82,14 +69,14 @@ class Content(NamedTuple):
 
 
 def cohort_section(root: Path) -> Content:
-    """Who was scanned: subjects, visits, sequences, sites and ages, from ``cohort/participants.tsv`` and the file names beside it."""
+    """Who was scanned: subjects, visits, sequences, sites, ages, from participants.tsv and the names of the files."""
     path = root / "cohort" / "participants.tsv"
     if not path.is_file():
         return Content(None, "No cohort/participants.tsv here, so ages, sites and labels are not shown.")
     columns, rows = read_tsv(path)
     scans = [_bids_sequence(file.name) for file in sorted(path.parent.glob("sub-*/**/anat/*.nii*"))]
     visits = [folder for folder in path.parent.glob("sub-*/ses-*") if folder.is_dir()]
-    ages = _numbers(row.get("age") for row in rows)
+    ages = numbers(row.get("age") for row in rows)
     sites = Counter(row["site"] for row in rows if row.get("site"))
     sequences = Counter(scans)
     in_order = {name: sequences[name] for name in (*SEQUENCES, UNKNOWN_SEQUENCE) if sequences[name]}
@@ -107,7 +94,7 @@ def cohort_section(root: Path) -> Content:
         drawn = figures.cohort_figure(ages, in_order, dict(sorted(sites.items())))
         parts.append(_drawn(drawn, f"Age of {len(ages)} subjects, scans per sequence, subjects per site."))
     parts.append(details(f"All {len(rows)} subjects", _rows_table(columns, rows)))
-    return _content(root, parts, [path])
+    return make_content(root, parts, [path])
 
 
 def preparation_section(root: Path) -> Content:
@@ -154,7 +141,7 @@ def preparation_section(root: Path) -> Content:
         parts += [element("h3", "Montages"), _gallery(montages[:MAX_MONTAGES], class_="wide")]
         if len(montages) > MAX_MONTAGES:
             parts.append(element("p", f"{len(montages) - MAX_MONTAGES} more in prepared/montages.", class_="lead"))
-    return _content(root, parts, [path, *montages[:MAX_MONTAGES]], linked=[path])
+    return make_content(root, parts, [path, *montages[:MAX_MONTAGES]], linked=[path])
 
 
 def pretraining_section(root: Path) -> Content:
@@ -170,11 +157,11 @@ def pretraining_section(root: Path) -> Content:
     settings: Mapping[str, Any] = {}
     if config.is_file():
         files.append(config)
-        settings = _read_yaml(config)
+        settings = read_yaml(config)
     encoder: Mapping[str, Any] = {}
     if about.is_file():
         files.append(about)
-        encoder = _read_json(about)
+        encoder = read_json(about)
 
     planned = _setting(settings, "iterations")
     done = f"{rows[-1]['iteration']:,}"
@@ -214,60 +201,7 @@ def pretraining_section(root: Path) -> Content:
     if progress.is_file():
         files.append(progress)
         parts.append(details("progress.png, as the run drew it", _gallery([progress], class_="wide")))
-    return _content(root, parts, files, linked=[path for path in files if path != progress])
-
-
-def maps_section(root: Path) -> Content:
-    """Similarity and PCA maps of one slice (paper sec. 4.6): the pretrained encoder and the same architecture untrained."""
-    weights, table_path = root / "pretrain" / "encoder" / ENCODER_FILE, root / "prepared" / "scans.tsv"
-    if not weights.is_file() or not table_path.is_file():
-        return Content(None, "No pretrained encoder with prepared scans here, so patch-similarity maps are not shown.")
-    scan, label_path = _scan_to_look_at(root, read_scans(table_path))
-    if scan is None:
-        return Content(
-            None, "None of the prepared scans is at its place any more, so patch-similarity maps are not shown."
-        )
-    cube = standardize(load_brain(table_path.parent, scan))
-    index, tumour = MIDDLE_SLICE, None
-    if label_path is not None:
-        labels, affine = load_labels(label_path)
-        index = similarity.tumour_slice(labels > 0, affine, cube.affine, cube.shape[2])
-        tumour = similarity.axial_labels(labels, affine, cube.affine, index, cube.shape) > 0
-    image = axial_slices(cube, [index])[0]
-
-    pretrained = load_encoder(weights.parent)
-    encoders = {"pretrained": pretrained}
-    if (name := _architecture_name(pretrained)) is not None:
-        encoders["untrained"] = load_encoder(UNTRAINED_PREFIX + name)
-    points = similarity.reference_points(image, pretrained.patch_size, tumour)
-    cells = _map_cells(image, points, encoders, names=_point_names(points, scan.sequence))
-    grid = element("div", *cells, class_="maps", style=f"grid-template-columns: 6.5rem repeat({len(points) + 1}, 1fr)")
-    slice_rule = (
-        f"the axial slice on which the tumour is largest (position {index} of {cube.shape[2]}, from below)"
-        if label_path is not None
-        else f"axial slice {index} of {cube.shape[2]}, the middle of the brain"
-    )
-    first_rule = (
-        "the one that holds most tumour" if points[0].name == "tumour" else "the one nearest to the middle of the slice"
-    )
-    lead = (
-        f"{scan.subject_key}, {scan.session + ', ' if scan.session else ''}{scan.sequence}: {slice_rule}. Each map shows how alike the "
-        "other patches are to the framed one, as cosine similarity of patch tokens after the last block (Eq. 12 of the paper), bilinear "
-        "between patches, on one colour scale for all, never rescaled. Reference patches lie at the same place for every encoder and "
-        f"are chosen by rule among patches of at least 90 % tissue: {first_rule}, then the darkest and the brightest "
-        f"{'without tumour' if points[0].name == 'tumour' else 'of the others'}. The last column is the first three principal components "
-        "of the tissue's tokens, as red, green and blue, each encoder its own."
-    )
-    bar = drawing(
-        figures.svg(figures.colour_bar(), salt="similarity"), alt="Colour scale from -1, blue, over 0, white, to 1, red"
-    )
-    parts = [
-        element("p", lead),
-        element("div", grid, class_="scroll"),
-        figure(bar, "Cosine similarity with the framed patch."),
-    ]
-    files = [weights, table_path, *([label_path] if label_path else [])]
-    return _content(root, parts, files, linked=files)
+    return make_content(root, parts, files, linked=[path for path in files if path != progress])
 
 
 def segmentation_section(root: Path) -> Content:
@@ -283,10 +217,10 @@ def segmentation_section(root: Path) -> Content:
         lines.append(
             [name, len(score["cases"]), *("–" if cell is None else _mean_and_deviation(cell) for cell in cells)]
         )
-    caption = "Dice per region: mean over cases ± standard deviation; a region that is empty in both has no Dice and is not counted"
+    caption = "Dice per region, mean over cases ± standard deviation; a region that is empty in both is not counted"
     parts: list[object] = [table(["predictions", "cases", *regions], lines, caption=caption)]
     of_case = {
-        name: {region: _numbers(case.get(region) for case in score["cases"].values()) for region in regions}
+        name: {region: numbers(case.get(region) for case in score["cases"].values()) for region in regions}
         for name, score in scores.items()
     }
     parts.append(_drawn(figures.dice_figure(of_case, regions), "Dice of every case (small dots) and its mean (large)."))
@@ -299,7 +233,7 @@ def segmentation_section(root: Path) -> Content:
         tables = sorted(path.parent.glob("scores.tsv"))
         for table_path in tables:
             parts.append(details(f"Every case: {name}", _rows_table(*read_tsv(table_path))))
-    return _content(root, parts, [*paths, *overlays], linked=paths)
+    return make_content(root, parts, [*paths, *overlays], linked=paths)
 
 
 def tasks_section(root: Path) -> Content:
@@ -320,7 +254,7 @@ def tasks_section(root: Path) -> Content:
                 for seed in seeds
             ]
             parts.append(details("Every seed, with the command that made it", table(["metrics", "command"], links)))
-    return _content(root, parts, files, linked=paths)
+    return make_content(root, parts, files, linked=paths)
 
 
 def reproduction_section(root: Path) -> Content:
@@ -333,13 +267,26 @@ def reproduction_section(root: Path) -> Content:
     parts.append(
         table(["package", "version"], [[name, element("code", number)] for name, number in versions().items()])
     )
-    return _content(root, parts, [log] if log.is_file() else [])
+    return make_content(root, parts, [log] if log.is_file() else [])
+
+
+def make_content(
+    root: Path, parts: Sequence[object], files: Sequence[Path], *, linked: Sequence[Path] | None = None
+) -> Content:
+    """The parts, and below them links to the files they were made from, or to those in ``linked``."""
+    links = [
+        element("a", path.relative_to(root).as_posix(), href=link_to(root, path))
+        for path in (files if linked is None else linked)
+    ]
+    return Content(
+        join([*parts, element("p", "From ", join(links, ", "), class_="sources") if links else None]), files=files
+    )
 
 
 def simulation_notice(root: Path) -> str | None:
     """The words in which the cohort calls itself simulated, in its description or its README; None when it does not."""
     description = root / "cohort" / "dataset_description.json"
-    texts = _texts(_read_json(description)) if description.is_file() else []
+    texts = _texts(read_json(description)) if description.is_file() else []
     texts += [path.read_text(encoding="utf-8") for path in sorted((root / "cohort").glob("README*")) if path.is_file()]
     for text in texts:
         for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
@@ -353,43 +300,13 @@ def link_to(root: Path, path: Path) -> str:
     return "../" + quote(path.relative_to(root).as_posix())
 
 
-def read_tsv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names and rows of a table with tabs.
-
-    Raises:
-        ValueError: the file is empty, or a row has more or fewer cells than the header.
-    """
-    with path.open(newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle, delimiter="\t", restkey="\0", restval="\0")
-        rows = list(reader)
-    columns = list(reader.fieldnames or ())
-    if not columns:
-        raise ValueError(f"{path}: empty; expected a header line")
-    for number, row in enumerate(rows, start=2):
-        if "\0" in row or "\0" in row.values():
-            raise ValueError(f"{path}, line {number}: expected {len(columns)} cells, as in the header")
-    return columns, rows
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line; a last line that is not finished is passed over."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
-    return rows
-
-
 def _read_summary(path: Path) -> list[dict[str, str]]:
     columns, rows = read_tsv(path)
     missing = [name for name in SUMMARY_COLUMNS if name not in columns]
     if missing or not rows:
         raise ValueError(
-            f"{path}: columns {missing} are missing, {len(rows)} rows; expected the table that `braindino evaluate` writes"
+            f"{path}: columns {missing} are missing, {len(rows)} rows; "
+            "expected the table that `braindino evaluate` writes"
         )
     return rows
 
@@ -409,8 +326,9 @@ def _task_parts(path: Path, rows: Sequence[Mapping[str, str]]) -> list[object]:
     estimates += [_estimate(name, numbers, None) for name, numbers in floors.items()]
     better = "lower is better" if metric.startswith("mae") else "higher is better"
     caption = (
-        f"{metric} on {shown[0]['test_subjects']} held-out subjects, {float(share):.0%} of the {shown[0]['train_subjects']} training "
-        f"subjects, mean of {shown[0]['seeds']} seed(s), 95 % interval; hollow: trivial baseline. {shown[0]['data']}"
+        f"{metric} on {shown[0]['test_subjects']} held-out subjects, trained on {shown[0]['train_subjects']} "
+        f"({float(share):.0%} of the labels), mean of {shown[0]['seeds']} seed(s), 95 % interval; "
+        f"hollow: trivial baseline. {shown[0]['data']}"
     )
     limits = None if metric.startswith("mae") else (0.0, 1.02)
     drawn = figures.interval_figure(estimates, xlabel=f"{metric}, {better}", limits=limits)
@@ -422,8 +340,8 @@ def _task_parts(path: Path, rows: Sequence[Mapping[str, str]]) -> list[object]:
             f"{float(row['ratio']):.0%}",
             row["train_subjects"],
             row["metric"],
-            f"{row['estimate']} [{row['low']}, {row['high']}]",
-            f"{row['baseline']} [{row['baseline_low']}, {row['baseline_high']}]",
+            _with_interval(row["estimate"], row["low"], row["high"]),
+            _with_interval(row["baseline"], row["baseline_low"], row["baseline_high"]),
             row["baseline_name"],
         ]
         for row in rows
@@ -446,6 +364,10 @@ def _estimate(label: str, numbers: Sequence[str], series: int | None) -> figures
     return figures.Estimate(label, value, low, high, series)
 
 
+def _with_interval(value: str, low: str, high: str) -> str:
+    return value if "n/a" in (low, high) else f"{value} [{low}, {high}]"
+
+
 def _series(encoder: str) -> int:
     """Which colour: 0 pretrained, 1 untrained, 2 no encoder at all."""
     if "untrained" in encoder:
@@ -454,7 +376,7 @@ def _series(encoder: str) -> int:
 
 
 def _command(path: Path) -> Html:
-    command = _read_json(path).get("provenance", {}).get("command", "")
+    command = read_json(path).get("provenance", {}).get("command", "")
     return element("code", " ".join(command) if isinstance(command, list) else command)
 
 
@@ -465,7 +387,7 @@ def _predictions_name(folder: Path, path: Path) -> str:
 
 
 def _read_scores(path: Path) -> Mapping[str, Any]:
-    scores = _read_json(path)
+    scores = read_json(path)
     for key in ("regions", "cases"):
         if not isinstance(scores.get(key), dict):
             raise ValueError(f"{path}: no {key!r} in it; expected the file that `braindino nnunet score` writes")
@@ -477,19 +399,6 @@ def _mean_and_deviation(region: Mapping[str, Any]) -> str:
     if region["mean"] is None:
         return "–"
     return f"{region['mean']:.3f}" + ("" if region["sd"] is None else f" ± {region['sd']:.3f}")
-
-
-def _content(
-    root: Path, parts: Sequence[object], files: Sequence[Path], *, linked: Sequence[Path] | None = None
-) -> Content:
-    """The parts with links to their files."""
-    links = [
-        element("a", path.relative_to(root).as_posix(), href=link_to(root, path))
-        for path in (files if linked is None else linked)
-    ]
-    return Content(
-        join([*parts, element("p", "From ", join(links, ", "), class_="sources") if links else None]), files=files
-    )
 
 
 def _drawn(drawing_: Any, caption: str) -> Html:
@@ -504,95 +413,6 @@ def _gallery(paths: Sequence[Path], *, class_: str = "") -> Html:
     """The PNG files with their names."""
     shown = [figure(picture(path.read_bytes(), alt=path.stem), path.name) for path in paths]
     return element("div", *shown, class_=f"gallery {class_}".strip())
-
-
-def _map_cells(
-    image: np.ndarray,
-    points: Sequence[similarity.ReferencePoint],
-    encoders: Mapping[str, VisionTransformer],
-    *,
-    names: Sequence[str],
-) -> list[Html]:
-    """The cells of the grid of maps, row by row: the slice with its reference patches, then one row per encoder."""
-    patch_size = next(iter(encoders.values())).patch_size
-    grey = figures.grey_picture(image)
-    cells = [element("div", class_="row")]
-    cells += [element("div", name, class_="column") for name in (*names, "PCA")]
-    cells.append(element("div", "slice", class_="row"))
-    for point, name in zip(points, names, strict=True):
-        marked = figures.mark_patch(grey, point.row, point.column, patch_size)
-        cells.append(picture(figures.png(marked), alt=f"The slice, reference patch framed: {name}"))
-    cells.append(picture(figures.png(grey), alt="The slice"))
-    foreground = similarity.foreground_patches(image, patch_size)
-    for word, encoder in encoders.items():
-        patches = similarity.encode_patches(encoder, image)
-        cells.append(element("div", word, element("small", encoder.name), class_="row"))
-        for point, name in zip(points, names, strict=True):
-            values = similarity.similarity_map(patches, patches[point.row, point.column])
-            pixels = figures.similarity_picture(similarity.upsample(values, image.shape), image)
-            pixels = figures.mark_patch(pixels, point.row, point.column, patch_size)
-            low, high = values[foreground].min(), values[foreground].max()
-            alt = f"{word} encoder: similarity with the {name} patch, {low:.2f} to {high:.2f} over the tissue"
-            cells.append(picture(figures.png(pixels), alt=alt))
-        colours = similarity.upsample(similarity.pca_map(patches, foreground), image.shape) * (image != 0)[..., None]
-        cells.append(picture(figures.png(colours), alt=f"{word} encoder: principal components of the patch tokens"))
-    return cells
-
-
-def _scan_to_look_at(root: Path, scans: Sequence[Scan]) -> tuple[Scan | None, Path | None]:
-    """The first prepared scan that is still there: with a tumour label before one without, contrast-enhanced T1 before T1 and others."""
-    labels: dict[tuple[str, str], Path] = {}
-    for path in sorted((root / "cohort" / "derivatives").glob("tumor/sub-*/**/*_dseg.nii*")):
-        session = next((part for part in path.parts if part.startswith("ses-")), "")
-        subject = next(part for part in path.relative_to(root).parts if part.startswith("sub-"))
-        labels.setdefault((subject, session), path)
-    order = {name: place for place, name in enumerate(("T1c", "T1", "T2", "FLAIR"))}
-    ranked = sorted(
-        (scan for scan in scans if scan.status == "done"),
-        key=lambda scan: (
-            (scan.subject, scan.session) not in labels,
-            order.get(scan.sequence, len(order)),
-            scan.subject_key,
-            scan.session,
-        ),
-    )
-    for scan in ranked:
-        if Path(scan.path).is_file():
-            return scan, labels.get((scan.subject, scan.session))
-    return None, None
-
-
-def _point_names(points: Sequence[similarity.ReferencePoint], sequence: str) -> list[str]:
-    """Names for readers: on T1-weighted scans the darkest and the brightest patch are CSF and white matter."""
-    tissue = {"darkest": "darkest (CSF)", "brightest": "brightest (white matter)"} if sequence in ("T1", "T1c") else {}
-    return [tissue.get(point.name, point.name) for point in points]
-
-
-def _architecture_name(encoder: VisionTransformer) -> str | None:
-    """The name of the encoder's architecture; None for one that has no name."""
-    with torch.device("meta"):  # shapes without memory
-        known = {name: build().architecture for name, build in ARCHITECTURES.items()}
-    return next((name for name, architecture in known.items() if architecture == encoder.architecture), None)
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: found a {type(value).__name__}; expected a JSON object")
-    return value
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: found a {type(value).__name__}; expected settings by name")
-    return value
 
 
 def _texts(value: Any) -> list[str]:
@@ -619,18 +439,8 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _numbers(texts: Any) -> list[float]:
-    found = []
-    for text in texts:
-        try:
-            found.append(float(text))
-        except (TypeError, ValueError):  # "n/a" is how BIDS says that a value is not known
-            continue
-    return [number for number in found if np.isfinite(number)]
-
-
 def _bids_sequence(name: str) -> str:
-    suffix = name.split(".nii")[0].rsplit("_", 1)[-1]
+    suffix = name.partition(".nii")[0].rpartition("_")[2]
     if suffix == "T1w":
         return "T1c" if "_ce-" in name else "T1"
     return {"T2w": "T2", "FLAIR": "FLAIR"}.get(suffix, UNKNOWN_SEQUENCE)

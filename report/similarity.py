@@ -1,7 +1,8 @@
-"""What an encoder holds to be alike within one slice: reference-point similarity and PCA maps of its patch tokens (paper sec. 4.6).
+"""What an encoder holds to be alike within one slice: reference-point similarity and PCA maps of its patch tokens
+(paper sec. 4.6).
 
-Functions of arrays; reading scans and writing pictures is done elsewhere. A patch grid is (rows, columns), the slice's own frame:
-row 0 anterior, column 0 patient right.
+Functions of arrays; reading scans and writing pictures is done elsewhere. A patch grid is (rows, columns), the
+slice's own frame: row 0 anterior, column 0 patient right.
 """
 
 from collections.abc import Sequence
@@ -47,20 +48,20 @@ def similarity_map(patches: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def upsample(grid: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The (rows, columns) or (rows, columns, channels) map at slice resolution, bilinear, with patch centres where they belong."""
+    """The (rows, columns) or (rows, columns, channels) map at slice resolution, bilinear between patch centres."""
     values = torch.as_tensor(np.ascontiguousarray(grid), dtype=torch.float32)
     planes = values.reshape(*grid.shape[:2], -1).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(planes, size=shape, mode="bilinear", align_corners=False)[0].permute(
-        1, 2, 0
-    )
-    return resized.numpy().reshape(*shape, *grid.shape[2:])
+    resized = torch.nn.functional.interpolate(planes, size=shape, mode="bilinear", align_corners=False)
+    return resized[0].permute(1, 2, 0).numpy().reshape(*shape, *grid.shape[2:])
 
 
 def pca_map(patches: np.ndarray, foreground: np.ndarray) -> np.ndarray:
-    """(rows, columns, 3) in 0 to 1: the first three principal components of the foreground tokens, for red, green and blue.
+    """(rows, columns, 3) in 0 to 1: the first three principal components of the foreground tokens, for red, green
+    and blue.
 
-    Each component runs from 0 to 1 over the foreground; the background is 0. Signs, which PCA leaves open, are set so that the
-    weight of largest magnitude is positive. With fewer than four foreground tokens there is nothing to decompose: all 0.
+    Each component runs from 0 to 1 over the foreground; the background is 0. Signs, which PCA leaves open, are set
+    so that the weight of largest magnitude is positive. With fewer than four foreground tokens there is nothing to
+    decompose: all 0.
 
     Args:
         patches: (rows, columns, D) tokens.
@@ -89,9 +90,10 @@ def reference_points(
 ) -> tuple[ReferencePoint, ...]:
     """Three reference patches of a standardised slice, by rule: the same image gives the same points for every encoder.
 
-    Only foreground patches count (``foreground_patches``). With a tumour, the patch that holds the most of it, of equals the one
-    nearest to its centre; without, the patch nearest to the middle of the slice. Then, among patches without any tumour, those of
-    lowest and of highest mean intensity: CSF and white matter on a T1-weighted scan. Ties go to the first patch in reading order.
+    Only foreground patches count (``foreground_patches``). With a tumour, the patch that holds the most of it, of
+    equals the one nearest to its centre; without, the patch nearest to the middle of the slice. Then, among patches
+    without any tumour, those of lowest and of highest mean intensity: CSF and white matter on a T1-weighted scan.
+    Ties go to the first patch in reading order.
 
     Args:
         image: (height, width) slice, background exactly 0.
@@ -138,7 +140,8 @@ def tumour_slice(tumour: np.ndarray, tumour_affine: np.ndarray, cube_affine: np.
 def axial_labels(
     labels: np.ndarray, label_affine: np.ndarray, cube_affine: np.ndarray, index: int, shape: Sequence[int]
 ) -> np.ndarray:
-    """(rows, columns) labels on one axial slice of a standardised volume, nearest neighbour through both affines; 0 outside.
+    """(rows, columns) labels on one axial slice of a standardised volume, nearest neighbour through both affines; 0
+    outside.
 
     Same frame as ``braindino.slices.axial_slices``: row 0 anterior, column 0 patient right.
 

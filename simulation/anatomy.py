@@ -26,8 +26,10 @@ SHARPENING = 1.7
 # Factor on the odds of CSF against tissue, at full atrophy. It acts only where there is some CSF: sulci widen and the
 # cortex thins.
 CSF_ODDS_OLD = 9.0
+# Nobody has more atrophy than this, old and unlucky as they may be.
+MAX_SHARE = 1.1
 # Displacement of the ventricle wall in mm, at no and at full atrophy.
-VENTRICLE_SHIFT = (-1.0, 5.5)
+VENTRICLE_SHIFT = (-1.0, 5.0)
 # Mean intensity of the tissues on the template T1; what it has beyond them is texture.
 TEMPLATE_T1 = {"csf": 0.255, "grey": 0.65, "white": 0.87}
 
@@ -172,7 +174,7 @@ def draw_pose(rng: np.random.Generator) -> Pose:
 def atrophy(age: float) -> float:
     """Expected share of the full atrophy at an age in years: 0 at 20, 1 at 85, faster in later life."""
     low, high = AGE_RANGE
-    return float(np.clip((age - low) / (high - low), 0, 1.1)) ** 1.3
+    return max(0.0, (age - low) / (high - low)) ** 1.3
 
 
 def template_positions(person: Person, pose: Pose) -> np.ndarray:
@@ -190,7 +192,8 @@ def push_ventricles(positions: np.ndarray, person: Person, age: float, template:
     indices = (positions - origin) / COARSE_STEP
     pull = np.stack([ndimage.map_coordinates(part, indices, order=1) for part in template.ventricle_pull])
     low, high = VENTRICLE_SHIFT
-    return positions + (low + (high - low) * max(0.0, atrophy(age) + person.ventricle_offset)) * pull
+    share = np.clip(atrophy(age) + person.ventricle_offset, 0, MAX_SHARE)
+    return positions + (low + (high - low) * share) * pull
 
 
 def tissue_maps(person: Person, age: float, template: Template) -> np.ndarray:
@@ -199,7 +202,7 @@ def tissue_maps(person: Person, age: float, template: Template) -> np.ndarray:
         origin + np.arange(count) for origin, count in zip(template.affine[:3, 3], template.texture.shape, strict=True)
     ]
     pattern = interpolate_lattice(0.12 * person.atrophy_pattern, axes)
-    share = np.clip(atrophy(age) + person.cortex_offset + pattern * atrophy(age), 0, 1.1)
+    share = np.clip(atrophy(age) + person.cortex_offset + pattern * atrophy(age), 0, MAX_SHARE)
     return template.young + share * (template.old - template.young)
 
 
@@ -274,7 +277,7 @@ def _ventricle_pull(csf: np.ndarray, affine: np.ndarray) -> np.ndarray:
     components, _ = ndimage.label((coarse > 0.6) & box)
     # Of the CSF in this box the lateral ventricles are the largest connected part (17 ml).
     largest = np.bincount(components.ravel())[1:].argmax() + 1
-    smooth = ndimage.gaussian_filter((components == largest).astype(np.float32), 7.0 / COARSE_STEP)
+    smooth = ndimage.gaussian_filter((components == largest).astype(np.float32), 8.0 / COARSE_STEP)
     pull = np.stack(np.gradient(smooth))
     return pull / np.sqrt((pull**2).sum(axis=0)).max()
 

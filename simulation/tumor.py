@@ -54,7 +54,8 @@ def draw_tumor(rng: np.random.Generator, *, idh: str, sites: np.ndarray) -> Tumo
     outline = []
     for _ in range(3):
         broad, fine = (ndimage.gaussian_filter(rng.standard_normal(shape), sigma) for sigma in (2.2, 1.0))
-        outline.append(0.8 * broad / broad.std() + 0.6 * fine / fine.std())
+        # Bounded, so that `near_tumor` can tell what is out of reach.
+        outline.append(np.clip(0.8 * broad / broad.std() + 0.6 * fine / fine.std(), -2, 2))
     return Tumor(
         centre=sites[rng.integers(len(sites))].astype(float),
         radius=float(rng.uniform(18, 31)),

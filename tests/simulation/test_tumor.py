@@ -99,4 +99,4 @@ def test_the_mass_effect_pushes_tissue_away_and_never_folds_it():
     # What is seen at 15 mm was nearer to the centre before: it has been pushed outwards, on either side.
     assert 0 < shown[np.argmin(np.abs(line - 15))] < 14
     assert -14 < shown[np.argmin(np.abs(line + 15))] < 0
-    assert shown[-1] == pytest.approx(80, abs=0.01)
+    assert shown[-1] == pytest.approx(80, abs=0.2)

@@ -1,0 +1,256 @@
+"""The page of a small project folder: what it says, that it says nothing else, and that it stands alone."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imsave
+
+from braindino.manifest import Scan, write_scans
+from braindino.report.page import main
+from braindino.vision_transformer import vit_tiny
+from braindino.volume import save_array
+from braindino.weights import save_encoder
+
+SCRIPT = "<script>alert('sub')</script>"
+VOID = {"br", "col", "hr", "img", "link", "meta"}
+SUMMARY = (
+    "encoder ratio variant metric estimate low high baseline baseline_low baseline_high baseline_name "
+    "train_subjects test_subjects seeds data"
+)
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed in order, and collects addresses and text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[tuple[str, str]] = []
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+                self.addresses.append((name, value))
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("project")
+    write_cohort(root / "cohort")
+    write_prepared(root)
+    write_run(root / "pretrain")
+    write_scores(root / "nnunet" / "predictions" / "pretrained" / "scores")
+    write_evaluation(root / "eval" / "sequence")
+    (root / "commands.log").write_text("braindino simulate --out cohort && echo 'a < b'\n")
+    assert main([str(root)]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(project) -> Page:
+    return Page((project / "report" / "index.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_shows_the_numbers_of_the_files(page):
+    for words in (
+        "subjects 2",
+        "years of age 23–71",
+        "iterations of 12 12",
+        "last loss 7.25",
+        "0.812 ± 0.044",
+        "0.917 [0.750, 1.000]",
+        "0.250 [0.200, 0.300]",
+        "most frequent sequence",
+        "braindino simulate --out cohort && echo 'a < b'",
+    ):
+        assert words in page.text
+
+
+def test_counts_stand_beside_their_words(page):
+    tiles = re.findall(r"(scans prepared|quarantined|skipped|slices in the store) ([\d,]+)", page.text)
+    assert dict(tiles) == {"scans prepared": "2", "quarantined": "1", "skipped": "0", "slices in the store": "256"}
+
+
+def test_a_quarantined_scan_is_listed_with_its_reason(page):
+    assert "four_dimensional: a series & not a volume" in page.text
+
+
+def test_the_page_says_that_the_data_are_simulated(page):
+    assert "Simulated data. The cohort calls itself “SIMULATED brains, seed 0”" in page.text
+
+
+def test_text_from_files_is_escaped(project, page):
+    assert "script" not in page.tags
+    assert SCRIPT in page.text
+    assert "<script" not in (project / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_nothing_is_loaded_from_elsewhere(project, page):
+    text = (project / "report" / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|@import|url\((?!#)", text)
+    for name, address in page.addresses:
+        if name == "src" or address.startswith("data:"):
+            assert address.startswith("data:image/png;base64,")
+        elif address.startswith("#"):
+            assert address[1:] in page.ids
+        else:
+            assert (project / "report" / address).is_file(), address
+
+
+def test_every_id_is_given_once(page):
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_maps_show_both_encoders_at_the_tumour_and_two_more_points(project):
+    text = (project / "report" / "index.html").read_text(encoding="utf-8")
+    for encoder in ("pretrained", "untrained"):
+        for name in ("tumour", "darkest (CSF)", "brightest (white matter)"):
+            assert f"{encoder} encoder: similarity with the {name} patch" in text
+        assert f"{encoder} encoder: principal components" in text
+    assert "where the tumour is largest" in text
+
+
+def test_building_again_gives_the_same_bytes(project):
+    path = project / "report" / "index.html"
+    before = path.read_bytes()
+    assert main([str(project)]) == 0
+    assert path.read_bytes() == before
+
+
+def test_what_is_missing_is_said_in_one_line_each(tmp_path, capsys):
+    write_cohort(tmp_path / "cohort")
+    assert main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report" / "index.html")
+    text = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8")).text
+    for words in (
+        "No prepared/scans.tsv here",
+        "No pretrain/metrics.jsonl here",
+        "No pretrained encoder with prepared scans here",
+        "No nnunet/**/scores.json here",
+        "No eval/*/summary.tsv here",
+    ):
+        assert words in text
+
+
+def test_maps_are_left_out_when_the_scans_have_gone(tmp_path):
+    write_run(tmp_path / "pretrain")
+    (tmp_path / "prepared").mkdir()
+    write_scans(tmp_path / "prepared" / "scans.tsv", [Scan(str(tmp_path / "gone.nii.gz"), "c", "s", sequence="T1")])
+    assert main([str(tmp_path)]) == 0
+    assert "None of the prepared scans is at its place any more" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_damaged_file_is_named_on_the_page_and_by_the_exit_code(tmp_path, capsys):
+    write_cohort(tmp_path / "cohort")
+    write_run(tmp_path / "pretrain")
+    path = tmp_path / "pretrain" / "metrics.jsonl"
+    path.write_text("{broken\n" + path.read_text())
+    assert main([str(tmp_path)]) == 1
+    assert "metrics.jsonl, line 1: not a JSON object" in capsys.readouterr().err
+    text = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8")).text
+    assert "metrics.jsonl, line 1: not a JSON object" in text and "subjects 2" in text
+
+
+def test_an_empty_folder_is_an_error_that_names_what_was_expected(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}: nothing to report" in error and "prepared/scans.tsv" in error
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path, capsys):
+    assert main([str(tmp_path / "none")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+def write_cohort(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    about = {"Name": "SIMULATED brains, seed 0", "BIDSVersion": "1.10.0"}
+    (folder / "dataset_description.json").write_text(json.dumps(about))
+    rows = ("participant_id\tage\tsex\tsite", f"{SCRIPT}\t23.4\tF\tA", "sub-2\t70.9\tn/a\tB")
+    (folder / "participants.tsv").write_text("\n".join(rows) + "\n")
+
+
+def write_prepared(root: Path) -> None:
+    """One T1c volume with a tumour, one row without a file, one quarantined."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, 48),) * 3, indexing="ij")
+    brain = x**2 + y**2 + z**2 < 1
+    data = np.where(brain, 400 + 300 * x + 100 * np.sin(9 * y), 0)
+    labels = ((x + 0.4) ** 2 + y**2 + (z - 0.2) ** 2 < 0.1).astype(np.uint8)
+    affine = np.diag([3.0, 3, 3, 1])
+    session = Path("sub-1") / "ses-1" / "anat"
+    image = root / "cohort" / session / "sub-1_ses-1_ce-gadolinium_T1w.nii.gz"
+    save_array(data, affine, image, dtype=np.int16)
+    label = root / "cohort" / "derivatives" / "tumor" / session / "sub-1_ses-1_dseg.nii.gz"
+    save_array(labels, affine, label, dtype=np.uint8)
+    montage = root / "prepared" / "montages" / "batch.png"
+    montage.parent.mkdir(parents=True)
+    imsave(montage, np.zeros((4, 4, 3)))
+    scans = [
+        Scan(str(image), "c", "sub-1", "ses-1", "T1c", num_slices=128),
+        Scan("/nowhere/x_T1.nii.gz", "c", SCRIPT, "ses-1", "T1", num_slices=128),
+        Scan(
+            "/nowhere/y.nii.gz", "c", "sub-3", status="quarantined", reason="four_dimensional: a series & not a volume"
+        ),
+    ]
+    write_scans(root / "prepared" / "scans.tsv", scans)
+
+
+def write_run(run: Path) -> None:
+    rows = [
+        {"iteration": i, "loss": 8.5 - i / 8 + 0.25, "dino": 4.0, "lr": 1e-3, "crop_sizes": [64, 32]}
+        for i in range(1, 13)
+    ]
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 13, "lo')
+    (run / "config.yaml").write_text("iterations: 12\nmodel:\n  architecture: vit_tiny\n  num_prototypes: 4096\n")
+    save_encoder(vit_tiny(layer_scale_init=1e-5), run / "encoder", data_fingerprint="f00d")
+
+
+def write_scores(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    regions = {"WT": {"mean": 0.812, "sd": 0.044, "cases": 2}, "ET": {"mean": None, "sd": None, "cases": 0}}
+    cases = {"case_1": {"WT": 0.843, "ET": None}, "case_2": {"WT": 0.781, "ET": None}}
+    (folder / "scores.json").write_text(json.dumps({"metric": "Dice", "regions": regions, "cases": cases}))
+    (folder / "scores.tsv").write_text("case\tWT\tET\ncase_1\t0.8430\tn/a\ncase_2\t0.7810\tn/a\n")
+    imsave(folder / "overlay.png", np.zeros((4, 4, 3)))
+
+
+def write_evaluation(folder: Path) -> None:
+    floor = ["0.250", "0.200", "0.300", "most frequent sequence", "11", "5", "1", "SIMULATED data"]
+    rows = [
+        ["pretrained", "1", "", "accuracy", "0.917", "0.750", "1.000", *floor],
+        ["untrained-vit_tiny", "1", "", "accuracy", "0.667", "n/a", "n/a", *floor],
+    ]
+    folder.mkdir(parents=True)
+    (folder / "summary.tsv").write_text("\n".join("\t".join(row) for row in [SUMMARY.split(), *rows]) + "\n")
+    seed = folder / "pretrained" / "seed_0"
+    seed.mkdir(parents=True)
+    (seed / "metrics.json").write_text(json.dumps({"provenance": {"command": "braindino evaluate sequence"}}))

@@ -1,0 +1,143 @@
+"""Similarity and PCA maps against hand-worked values and independent references."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from braindino.report.similarity import (
+    ReferencePoint,
+    axial_labels,
+    encode_patches,
+    foreground_patches,
+    pca_map,
+    reference_points,
+    similarity_map,
+    tumour_slice,
+    upsample,
+)
+from braindino.slices import axial_slices
+from braindino.transforms import crop_to_foreground, resize
+from braindino.vision_transformer import vit_tiny
+from braindino.volume import Volume
+
+
+def test_similarity_of_hand_worked_tokens():
+    patches = np.array([[[3.0, 4.0], [-6.0, -8.0]], [[4.0, -3.0], [1.0, 0.0]]])
+    np.testing.assert_allclose(similarity_map(patches, np.array([0.3, 0.4])), [[1, -1], [0, 0.6]], atol=1e-12)
+
+
+def test_similarity_equals_torch_cosine_similarity():
+    rng = np.random.default_rng(0)
+    patches, reference = rng.normal(size=(5, 7, 48)), rng.normal(size=48)
+    expected = F.cosine_similarity(torch.tensor(patches), torch.tensor(reference), dim=-1).numpy()
+    np.testing.assert_allclose(similarity_map(patches, reference), expected, atol=1e-12)
+
+
+def test_a_token_without_direction_is_similar_to_nothing():
+    patches = np.array([[[0.0, 0.0], [2.0, 0.0]]])
+    assert similarity_map(patches, np.array([1.0, 0.0])).tolist() == [[0.0, 1.0]]
+
+
+def test_upsampling_keeps_patch_centres_where_they_are():
+    assert upsample(np.array([[0.0, 1.0]]), (1, 4)).tolist() == [[0.0, 0.25, 0.75, 1.0]]
+
+
+def test_upsampling_keeps_channels_apart():
+    grid = np.random.default_rng(1).random((2, 3, 3))
+    resized = upsample(grid, (8, 12))
+    assert resized.shape == (8, 12, 3)
+    for channel in range(3):
+        np.testing.assert_array_equal(resized[..., channel], upsample(grid[..., channel], (8, 12)))
+
+
+def test_pca_colours_are_the_coordinates_of_tokens_that_vary_along_three_axes():
+    coordinates = np.array([[a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1)], dtype=float)
+    tokens = np.zeros((2, 5, 6))
+    foreground = np.ones((2, 5), dtype=bool)
+    foreground[:, 4] = False
+    tokens[foreground] = np.column_stack(
+        [9 * coordinates[:, 0], 5 * coordinates[:, 1], 2 * coordinates[:, 2], np.ones((8, 3))]
+    )
+    tokens[:, 4] = 1000.0
+    coloured = pca_map(tokens, foreground)
+    np.testing.assert_allclose(coloured[foreground], coordinates, atol=1e-9)
+    assert not coloured[:, 4].any()
+
+
+def test_pca_of_too_few_tokens_is_black():
+    assert not pca_map(np.ones((2, 2, 4)), np.array([[True, True], [True, False]])).any()
+
+
+def test_encoded_patches_lie_on_the_grid_row_by_row():
+    torch.manual_seed(0)
+    encoder = vit_tiny().eval()
+    image = np.random.default_rng(2).normal(size=(32, 64)).astype(np.float32)
+    with torch.inference_mode():
+        flat = encoder(torch.tensor(image)[None, None]).patches[0].numpy()
+    grid = encode_patches(encoder, image)
+    assert grid.shape == (2, 4, 192)
+    np.testing.assert_array_equal(grid[1, 2], flat[6])
+
+
+def test_reference_patches_follow_the_rule_without_a_tumour():
+    image = _image()
+    assert reference_points(image, 16) == (
+        ReferencePoint("centre", 2, 2),
+        ReferencePoint("darkest", 1, 3),
+        ReferencePoint("brightest", 3, 1),
+    )
+
+
+def test_reference_patches_avoid_the_tumour():
+    tumour = np.zeros((80, 80), dtype=bool)
+    tumour[48:64, 16:48] = True  # all of patches (3, 1), the brightest, and (3, 2)
+    tumour[52:60, 48:52] = True  # a corner of (3, 3): the centre moves towards (3, 2)
+    assert reference_points(_image(), 16, tumour) == (
+        ReferencePoint("tumour", 3, 2),
+        ReferencePoint("darkest", 1, 3),
+        ReferencePoint("brightest", 1, 1),
+    )
+
+
+def test_a_patch_counts_as_tissue_from_ninety_percent_on():
+    image = np.ones((16, 32))
+    image[:, 16:][:2] = 0  # 32 of 256 pixels: 87.5 % left
+    assert foreground_patches(image, 16).tolist() == [[True, False]]
+
+
+def test_an_empty_slice_has_no_reference_patches():
+    with pytest.raises(ValueError, match=r"0 patches hold tissue; expected 3 or more"):
+        reference_points(np.zeros((64, 64)), 16)
+
+
+def test_labels_follow_the_volume_through_crop_and_resize():
+    labels = np.zeros((20, 24, 28), dtype=np.int16)
+    labels[3:9, 14:20, 16:22] = 1  # left, anterior, superior
+    labels[5:7, 15:17, 18:20] = 3
+    affine = np.array([[-1.5, 0, 0, 40], [0, 2, 0, -10], [0, 0, 1, 5], [0, 0, 0, 1]]) @ np.diag([-1.0, 1, 1, 1])
+    data = labels.astype(np.float32) + 1
+    data[:2] = data[-3:] = data[:, :1] = data[:, :, -4:] = 0
+    cube = resize(crop_to_foreground(Volume(data, affine)), (30, 46, 48))
+    index = tumour_slice(labels > 0, affine, cube.affine, 48)
+    plane = axial_labels(labels, affine, cube.affine, index, cube.shape)
+    doubled = labels[2:-3, 1:, :-4].repeat(2, axis=0).repeat(2, axis=1).repeat(2, axis=2)
+    np.testing.assert_array_equal(plane, axial_slices(Volume(doubled.astype(np.float32), cube.affine), [index])[0])
+    assert set(np.unique(plane)) == {0, 1, 3}
+
+
+def test_the_slice_is_the_one_with_the_largest_tumour():
+    tumour = np.zeros((4, 4, 10), dtype=bool)
+    tumour[0, 0, 2:9] = True
+    tumour[1:3, 1:3, 6] = True
+    assert tumour_slice(tumour, np.eye(4), np.eye(4), 10) == 6
+    halved = np.diag([1, 1, 0.5, 1.0])
+    halved[2, 3] = 1
+    assert tumour_slice(tumour, np.eye(4), halved, 20) == 10
+
+
+def _image() -> np.ndarray:
+    """(80, 80): tissue in the inner 3 x 3 patches of 16 pixels; darkest at (1, 3), brightest at (3, 1), then (1, 1)."""
+    values = np.zeros((5, 5))
+    values[1:4, 1:4] = [[3.0, 0.5, -4.0], [0.2, 1.0, 0.3], [5.0, 0.1, 0.4]]
+    return np.kron(values, np.ones((16, 16)))
