@@ -6,19 +6,14 @@ second run goes on where the first was stopped, because each program does.
 
 import csv
 import json
-import os
-import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import tyro
 
-from braindino.atomic import write_text
+from braindino.steps import Step, program, run_steps, verb
 
 DATASET_ID = 901
 DATASET = f"Dataset{DATASET_ID}_SimulatedTumors"
@@ -41,32 +36,18 @@ class Demo:
     """Processes for simulation and preprocessing."""
 
 
-class Step(NamedTuple):
-    """One command of the demo, and the environment variables it needs beyond the user's own."""
-
-    title: str
-    command: list[str]
-    environment: dict[str, str]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when every step succeeded, 1 when one failed; what was finished stays."""
     config = tyro.cli(Demo, args=argv)
     out = config.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    log = ["# The commands behind this folder, in order. All data are simulated."]
-    for number, step in enumerate(build_steps(out, config), start=1):
-        line = " ".join(
-            [*(f"{key}={shlex.quote(value)}" for key, value in step.environment.items()), shlex.join(step.command)]
-        )
-        print(f"\n[{time.monotonic() - start:4.0f} s] {number}. {step.title}\n    {line}", flush=True)
-        if not _run(step):
-            print(f"braindino demo: step {number} failed; its messages are above. Run again to go on.", file=sys.stderr)
-            return 1
-        log += [f"# {step.title}", line]
-        write_text(out / "commands.log", "\n".join(log) + "\n")
-    print(f"\nDone in {time.monotonic() - start:.0f} s, on simulated data.\n")
+    headline = "The commands behind this folder, in order. All data are simulated."
+    try:
+        seconds = run_steps(build_steps(out, config), log_path=out / "commands.log", headline=headline)
+    except ValueError as error:
+        print(f"braindino demo: {error}", file=sys.stderr)
+        return 1
+    print(f"\nDone in {seconds:.0f} s, on simulated data.\n")
     print(results_table(out))
     print(f"\nReport: {out / 'report' / 'index.html'}")
     return 0
@@ -76,19 +57,19 @@ def build_steps(out: Path, config: Demo) -> list[Step]:
     """The commands of the demo, in order."""
     cohort, prepared, run, held_out = out / "cohort", out / "prepared", out / "pretrain", out / "held-out.txt"
     steps = [
-        _braindino(
+        verb(
             f"Simulate {config.subjects} subjects",
             "simulate", "--out", cohort, "--subjects", config.subjects, "--seed", config.seed, "--jobs", config.jobs,
         ),
-        _braindino(
+        verb(
             "Raw scans to slices", "prepare", cohort, "--out", prepared, "--skull-strip", "none", "--jobs", config.jobs
         ),
-        _braindino(
+        verb(
             "Hold subjects out, once for every later step",
             "split", "--prepared", prepared, "--out", held_out, "--test-fraction", 0.3, "--seed", config.seed,
             "--participants", cohort / "participants.tsv", "--strata", "tumor",
         ),
-        _braindino(
+        verb(
             "Pretrain a tiny ViT on the slices of the other subjects",
             "pretrain", "demo", "--store", prepared / "store", "--out", run, "--exclude-subjects", held_out,
             "--seed", config.seed,
@@ -98,7 +79,7 @@ def build_steps(out: Path, config: Demo) -> list[Step]:
     features = out / "features"
     for name, encoder in {"pretrained": run / "encoder", "untrained": UNTRAINED, "intensity": "intensity"}.items():
         steps.append(
-            _braindino(
+            verb(
                 f"Features: {name}",
                 "extract",
                 "--prepared",
@@ -113,7 +94,7 @@ def build_steps(out: Path, config: Demo) -> list[Step]:
         )
     for task in ("sequence", "brain_age", "knn_sequence"):
         steps.append(
-            _braindino(
+            verb(
                 f"Evaluate: {task}",
                 "evaluate",
                 task,
@@ -130,7 +111,7 @@ def build_steps(out: Path, config: Demo) -> list[Step]:
                 1.0,
             )
         )
-    steps.append(_braindino("Report", "report", out))
+    steps.append(verb("Report", "report", out))
     return steps
 
 
@@ -190,12 +171,12 @@ def _segmentation(out: Path, cohort: Path, held_out: Path, pretrained: Path) -> 
     }
     raw = root / "raw" / DATASET
     steps = [
-        _braindino(
+        verb(
             "Tumour dataset for nnU-Net",
             "nnunet", "convert-bids", cohort, "--dataset-id", DATASET_ID, "--name", DATASET.split("_", 1)[1],
             "--test-subjects", held_out, environment=folders,
         ),
-        _program(
+        program(
             "Plan and preprocess",
             "nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "2d", "-np", 2, "-npfp", 2, environment=folders,
         ),
@@ -205,36 +186,22 @@ def _segmentation(out: Path, cohort: Path, held_out: Path, pretrained: Path) -> 
         results = {**folders, "nnUNet_results": str(root / name / "results")}
         predictions = root / name / "predictions"
         steps += [
-            _program(
+            program(
                 f"Train nnU-Net on the frozen encoder: {name}",
                 "nnUNetv2_train", DATASET_ID, "2d", 0, "-tr", TRAINER, "-device", "cpu", "--c",
                 environment={**results, "BRAINDINO_ENCODER": encoder},
             ),
-            _program(
+            program(
                 f"Segment the held-out subjects: {name}",
                 "nnUNetv2_predict", "-d", DATASET_ID, "-i", raw / "imagesTs", "-o", predictions, "-c", "2d", "-f", 0,
                 "-tr", TRAINER, "-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1, environment=results,
             ),
-            _braindino(
+            verb(
                 f"Dice: {name}",
                 "nnunet", "score", predictions, raw / "labelsTs", "--out", root / name, environment=folders,
             ),
         ]  # fmt: skip
     return steps
-
-
-def _braindino(title: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Step:
-    return _program(title, "braindino", *arguments, environment=environment)
-
-
-def _program(title: str, name: str, *arguments: object, environment: Mapping[str, str] | None = None) -> Step:
-    """A console script of this very environment, whatever PATH says."""
-    script = Path(sys.executable).with_name(name)
-    return Step(title, [str(script), *map(str, arguments)], dict(environment or {}))
-
-
-def _run(step: Step) -> bool:
-    return subprocess.run(step.command, env={**os.environ, **step.environment}, check=False).returncode == 0
 
 
 def _mean_sd(row: Mapping[str, float | None]) -> str:

@@ -1,4 +1,4 @@
-"""``braindino doctor``: what this machine has, and what the programs would use. Reads, never changes; asks no network."""
+"""``braindino doctor``: what this machine has and what the programs would use. Reads only; asks no network."""
 
 import importlib
 import os

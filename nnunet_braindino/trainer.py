@@ -211,7 +211,7 @@ def fit_plans(
             f"configuration {configuration!r} has {len(planned.patch_size)}-dimensional patches, but the encoder sees "
             "slices; train with configuration 2d: nnUNetv2_train DATASET 2d FOLD -tr nnUNetTrainerBrainDINOFrozen"
         )
-    assert all(size % 16 == 0 for size in patch_size), f"patches of {patch_size} are no multiple of the ViT's 16 pixels"
+    assert all(size % 16 == 0 for size in patch_size), f"patches of {patch_size} are no multiple of 16 pixels"
     batch_size = planned.batch_size * math.prod(planned.patch_size) // math.prod(patch_size)
     if largest_batch is not None:
         batch_size = min(batch_size, largest_batch)
@@ -227,8 +227,8 @@ def plan_warnings(plans: dict, configuration: str) -> list[str]:
     if list(plans["transpose_forward"]) != [0, 1, 2]:
         warnings.append(
             f"slices are not axial: nnU-Net cuts along the axis with the largest voxels (transpose_forward "
-            f"{list(plans['transpose_forward'])}), the encoder was trained on axial slices. Resample the images so that "
-            "no axis is coarser than the vertical one, convert with `braindino nnunet`, then plan again"
+            f"{list(plans['transpose_forward'])}), the encoder was trained on axial slices. Resample the images so "
+            "that no axis is coarser than the vertical one, convert with `braindino nnunet`, then plan again"
         )
     if not all(PlansManager(plans).get_configuration(configuration).use_mask_for_norm):
         warnings.append(

@@ -12,7 +12,13 @@ import numpy as np
 
 from braindino.manifest import Scan, mask_path
 from braindino.preprocessing.cases import Case, content_hash, remove_case, settings_hash, write_case
-from braindino.preprocessing.skull_strip import TOOLS, SkullStripper, check_brain_mask, looks_stripped
+from braindino.preprocessing.skull_strip import (
+    TOOLS,
+    SkullStripper,
+    check_brain_mask,
+    largest_component,
+    looks_stripped,
+)
 from braindino.slice_store import SliceStoreWriter
 from braindino.slices import NUM_SLICES, SLICE_ORIENTATION, axial_slices, gaussian_indices, scan_generator
 from braindino.transforms import standardize
@@ -110,7 +116,7 @@ class ScanPreparer:
             if looks_stripped(volume):
                 notes.append("already_stripped")
             else:
-                mask = self._stripper.strip(volume)
+                mask = largest_component(self._stripper.strip(volume))
                 brain_ml = round(check_brain_mask(mask, volume), 1)
                 volume = Volume(np.where(mask, volume.data, np.float32(0)), volume.affine, volume.notes)
         indices = gaussian_indices(rng=scan_generator(self.settings.seed, scan.scan_id))

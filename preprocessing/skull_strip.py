@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from scipy import ndimage
 
 from braindino.volume import Volume, VolumeError
 
@@ -163,6 +164,17 @@ def looks_stripped(volume: Volume) -> bool:
         and low <= np.count_nonzero(nonzero) * voxel_ml(volume) <= high
         and max(faces) <= STRIPPED_MAX_FACE
     )
+
+
+def largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest connected part of ``mask`` (X, Y, Z) bool: a brain is one piece, islands are eyes, fat and vessels.
+
+    One island far out would also widen the box to which the scan is cropped.
+    """
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    if count < 2:
+        return mask
+    return labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
 
 
 def check_brain_mask(mask: np.ndarray, volume: Volume) -> float:

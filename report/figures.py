@@ -13,6 +13,7 @@ from matplotlib.image import imsave
 from matplotlib.ticker import MaxNLocator
 
 from braindino.report.markup import THEME
+from braindino.report.similarity import edge
 
 INK, SOFT, LINE, NEUTRAL = (THEME[name][0] for name in ("ink", "soft", "line", "neutral"))
 SERIES = tuple(THEME[f"series-{number}"][0] for number in (1, 2, 3, 4))
@@ -227,7 +228,7 @@ def grey_picture(image: np.ndarray) -> np.ndarray:
 def similarity_picture(values: np.ndarray, image: np.ndarray) -> np.ndarray:
     """(height, width, 3) in 0 to 1: similarity, -1 (blue) to 1 (red), the tissue of ``image`` outlined in black."""
     pixels = mpl.colormaps[SIMILARITY_COLOURS]((values + 1) / 2)[..., :3]
-    pixels[_outline(image != 0)] = 0.1
+    pixels[edge(image != 0)] = 0.1
     return pixels
 
 
@@ -261,10 +262,3 @@ def _running_mean(points: np.ndarray, *, width: int) -> np.ndarray:
     """(n - width + 1, 2) means of ``width`` consecutive points."""
     sums = np.cumsum(np.vstack([np.zeros(2), points]), axis=0)
     return (sums[width:] - sums[:-width]) / width
-
-
-def _outline(mask: np.ndarray) -> np.ndarray:
-    """The pixels of ``mask`` with a neighbour outside it."""
-    padded = np.pad(mask, 1)
-    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask & ~inner

@@ -57,7 +57,8 @@ def maps_section(root: Path) -> Content:
         "Each map shows how alike every patch is to the framed one: cosine similarity of patch tokens after the last "
         "block (Eq. 12 of the paper), bilinear between patches, on one colour scale that is never stretched. "
         "The frames lie at the same place for every encoder and follow a rule: among patches of at least 90 % tissue, "
-        f"{FIRST_RULE[points[0].name]}, then the darkest and the brightest of the others without tumour. "
+        f"{FIRST_RULE[points[0].name]}, then the darkest and the brightest of the others, "
+        "without tumour and not at the edge of the tissue. "
         "The last column shows the first three principal components of the tissue's tokens as red, green and blue; "
         "each encoder has its own, so compare shapes, not colours."
     )

@@ -210,7 +210,9 @@ h3 { font-size: 1.02rem; margin: 2rem 0 .5rem; }
 p { margin: 0 0 .9rem; max-width: 72ch; }
 a { color: var(--link); text-decoration-thickness: 1px; text-underline-offset: 2px; }
 code, pre { font: .86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }
-pre { background: var(--panel); border-radius: 8px; padding: .9rem 1.1rem; overflow-x: auto; margin: 0 0 1rem; }
+pre {
+  background: var(--panel); border-radius: 8px; padding: .9rem 1.1rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  margin: 0 0 1rem; }
 .lead { color: var(--soft); }
 .banner {
   background: var(--warn-ground); color: var(--warn-ink); border: 1px solid var(--warn-line); border-radius: 8px;

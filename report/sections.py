@@ -210,20 +210,24 @@ def segmentation_section(root: Path) -> Content:
     if not paths:
         return Content(None, "No nnunet/**/scores.json here: no segmentation was scored in this folder.")
     scores = {_predictions_name(root / "nnunet", path): _read_scores(path) for path in paths}
-    regions = list(dict.fromkeys(region for score in scores.values() for region in score["regions"]))
-    lines = []
+    datasets: dict[tuple[str, ...], list[str]] = {}
     for name, score in scores.items():
-        cells = [score["regions"].get(region) for region in regions]
-        lines.append(
-            [name, len(score["cases"]), *("–" if cell is None else _mean_and_deviation(cell) for cell in cells)]
-        )
-    caption = "Dice per region, mean over cases ± standard deviation; a region that is empty in both is not counted"
-    parts: list[object] = [table(["predictions", "cases", *regions], lines, caption=caption)]
-    of_case = {
-        name: {region: numbers(case.get(region) for case in score["cases"].values()) for region in regions}
-        for name, score in scores.items()
-    }
-    parts.append(_drawn(figures.dice_figure(of_case, regions), "Dice of every case (small dots) and its mean (large)."))
+        datasets.setdefault(tuple(score["regions"]), []).append(name)
+    parts: list[object] = []
+    for regions, names in datasets.items():
+        lines = [
+            [name, len(scores[name]["cases"]), *map(_mean_and_deviation, scores[name]["regions"].values())]
+            for name in names
+        ]
+        caption = "Dice per region, mean over cases ± standard deviation; a region empty in both is not counted"
+        of_case = {
+            name: {region: numbers(case.get(region) for case in scores[name]["cases"].values()) for region in regions}
+            for name in names
+        }
+        parts += [
+            table(["predictions", "cases", *regions], lines, caption=caption),
+            _drawn(figures.dice_figure(of_case, regions), "Dice of every case (small dots) and its mean (large)."),
+        ]
     overlays = []
     for name, path in zip(scores, paths, strict=True):
         found = sorted(path.parent.glob("*.png"))[:MAX_OVERLAYS]
@@ -350,7 +354,7 @@ def _task_parts(path: Path, rows: Sequence[Mapping[str, str]]) -> list[object]:
         "encoder",
         *(["variant"] if variants else []),
         "labels",
-        "training subjects",
+        "trained on",
         "metric",
         "estimate",
         "baseline",

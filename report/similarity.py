@@ -85,15 +85,22 @@ def foreground_patches(image: np.ndarray, patch_size: int) -> np.ndarray:
     return _patch_means(image != 0, patch_size) >= FOREGROUND_SHARE
 
 
+def edge(mask: np.ndarray) -> np.ndarray:
+    """The members of ``mask`` with a neighbour above, below, left or right that is not one."""
+    padded = np.pad(mask, 1)
+    return mask & ~(padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:])
+
+
 def reference_points(
     image: np.ndarray, patch_size: int, tumour: np.ndarray | None = None
 ) -> tuple[ReferencePoint, ...]:
     """Three reference patches of a standardised slice, by rule: the same image gives the same points for every encoder.
 
     Only foreground patches count (``foreground_patches``). With a tumour, the patch that holds the most of it, of
-    equals the one nearest to its centre; without, the patch nearest to the middle of the slice. Then, among patches
-    without any tumour, those of lowest and of highest mean intensity: CSF and white matter on a T1-weighted scan.
-    Ties go to the first patch in reading order.
+    equals the one nearest to its centre; without, the patch nearest to the middle of the slice. Then, among the other
+    patches without tumour and with foreground on all four sides (at the edge of the brain everything is dark), those
+    of lowest and of highest mean intensity: CSF and white matter on a T1-weighted scan. Ties go to the first patch in
+    reading order.
 
     Args:
         image: (height, width) slice, background exactly 0.
@@ -101,11 +108,11 @@ def reference_points(
         tumour: (height, width) bool, if the tumour is known.
 
     Raises:
-        ValueError: fewer than three foreground patches.
+        ValueError: fewer than three patches of that kind.
     """
     foreground = foreground_patches(image, patch_size)
-    if foreground.sum() < 3:
-        raise ValueError(f"slice of shape {image.shape}: {foreground.sum()} patches hold tissue; expected 3 or more")
+    if not foreground.any():
+        raise ValueError(f"slice of shape {image.shape}: no patch holds tissue; expected a slice through the brain")
     share = np.zeros(foreground.shape) if tumour is None else _patch_means(tumour, patch_size)
     if (share * foreground).max() > 0:
         rows, columns = np.indices(share.shape)
@@ -115,10 +122,13 @@ def reference_points(
     else:
         middle = (share.shape[0] - 1) / 2, (share.shape[1] - 1) / 2
         first = _point("centre", -_squared_distance(share.shape, middle), foreground)
-    others = foreground & (share == 0)
+    others = foreground & (share == 0) & ~edge(foreground)
     others[first.row, first.column] = False
-    if not others.any():
-        raise ValueError(f"slice of shape {image.shape}: no tissue outside the tumour is left to compare with")
+    if others.sum() < 2:
+        raise ValueError(
+            f"slice of shape {image.shape}: {others.sum()} patches lie inside the tissue and outside the tumour; "
+            "expected 2 or more to compare with"
+        )
     means = _patch_means(image, patch_size)
     return first, _point("darkest", -means, others), _point("brightest", means, others)
 

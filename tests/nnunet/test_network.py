@@ -66,7 +66,7 @@ def test_training_steps_leave_the_encoders_bytes_and_mode_alone_and_change_the_r
 
 
 def test_logits_sit_where_their_pixels_are():
-    """A change inside one patch of the image changes the logits of that patch most: rows and columns are not swapped."""
+    """A change inside one patch of the image changes the logits of that patch most: rows and columns in order."""
     network = tiny_network(num_input_channels=1, num_classes=2).eval()
     image = torch.randn(1, 1, 48, 80)
     changed = image.clone()

@@ -1,4 +1,4 @@
-"""The trainer's contract with stock nnU-Net: plans, encoder, optimiser, and the whole way through its console scripts."""
+"""The trainer's contract with stock nnU-Net: plans, encoder, optimiser, and the whole way by its console scripts."""
 
 import copy
 import inspect
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from braindino import load_encoder, save_encoder
@@ -64,7 +64,7 @@ def small_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nnUNetTrai
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
     monkeypatch.setenv(trainer.ENCODER_VARIABLE, str(save_small_encoder(tmp_path / "encoder")))
-    monkeypatch.setattr(stock, "infer_dataset_class", lambda folder: None)
+    monkeypatch.setattr(f"{nnUNetTrainer.__module__}.infer_dataset_class", lambda folder: None)
     return nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
 
 
@@ -79,11 +79,13 @@ def test_patches_become_256_and_the_batch_keeps_the_planned_number_of_pixels():
     limited = make_plans()
     trainer.fit_plans(limited, "2d", largest_batch=4)
     assert limited["configurations"]["2d"]["batch_size"] == 4
+    with pytest.raises(AssertionError, match="no multiple of 16"):
+        trainer.fit_plans(make_plans(), "2d", patch_size=(250, 256))
     json.dumps(plans)  # nnU-Net writes them into the model folder
 
 
 def test_a_3d_configuration_is_refused_with_the_command_that_works():
-    with pytest.raises(ValueError, match="'2d' has 3-dimensional patches.*nnUNetv2_train DATASET 2d FOLD"):
+    with pytest.raises(ValueError, match=r"'2d' has 3-dimensional patches.*nnUNetv2_train DATASET 2d FOLD"):
         trainer.fit_plans(make_plans(patch_size=(128, 128, 128)), "2d")
 
 
@@ -99,16 +101,16 @@ def test_slices_that_are_not_axial_and_unmasked_normalisation_are_warned_about()
 
 def test_without_an_encoder_the_error_says_how_to_set_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(trainer.ENCODER_VARIABLE, raising=False)
-    with pytest.raises(ValueError, match="BRAINDINO_ENCODER is not set.*export BRAINDINO_ENCODER=RUN/encoder"):
+    with pytest.raises(ValueError, match=r"BRAINDINO_ENCODER is not set.*export BRAINDINO_ENCODER=RUN/encoder"):
         nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
 
 
 def test_the_constructor_and_the_builder_have_the_signatures_that_nnunet_asks_for():
-    ours, theirs = (inspect.signature(each.__init__) for each in (nnUNetTrainerBrainDINOFrozen, stock.nnUNetTrainer))
+    ours, theirs = (inspect.signature(each.__init__) for each in (nnUNetTrainerBrainDINOFrozen, nnUNetTrainer))
     assert list(ours.parameters) == list(theirs.parameters)
     build = nnUNetTrainerBrainDINOFrozen.build_network_architecture
     assert list(inspect.signature(build).parameters) == list(
-        inspect.signature(stock.nnUNetTrainer.build_network_architecture).parameters
+        inspect.signature(nnUNetTrainer.build_network_architecture).parameters
     )
 
 
@@ -140,7 +142,7 @@ def test_initialize_loads_the_frozen_weights_and_prints_what_is_trained(
     printed = capsys.readouterr().out
     assert str(count_parameters(small_trainer.network)) in printed
     assert encoder.sha256 in printed
-    assert "batch size 49" in printed
+    assert "patches [256, 256], batch size 49" in printed
 
 
 def test_the_optimiser_trains_all_but_the_encoder_and_its_rate_falls_linearly_to_zero(
@@ -172,7 +174,7 @@ def test_continuing_with_another_encoder_is_refused(
 
     monkeypatch.setenv(trainer.ENCODER_VARIABLE, str(save_small_encoder(tmp_path / "other", seed=1)))
     other = nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
-    with pytest.raises(ValueError, match="was trained with encoder .* set it to the first"):
+    with pytest.raises(ValueError, match=r"was trained with encoder .* set it to the first"):
         other.load_checkpoint(str(tmp_path / "checkpoint.pth"))
 
 
@@ -191,11 +193,11 @@ def test_the_start_up_hook_appends_our_folder_once_and_can_be_switched_off(monke
 
 def test_the_installed_package_makes_a_fresh_python_know_the_trainer_folder(tmp_path: Path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("nnUNet", "BRAINDINO"))}
-    code = "import os, sys; print(os.environ['nnUNet_extTrainer'], 'torch' in sys.modules)"
+    code = "import os, sys; print(os.environ.get('nnUNet_extTrainer'), 'torch' in sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert found.stdout.split() == [_startup.TRAINER_DIR, "False"]
+    assert found.stdout.split() == [_startup.TRAINER_DIR, "False"], "install the package again: pip install -e ."
 
 
 TWO_ITERATIONS = """
@@ -206,6 +208,7 @@ class nnUNetTrainerTwoIterations(nnUNetTrainerBrainDINOFrozen_demo):
     epochs = 1
     iterations = 2
     validation_iterations = 1
+    patch_size = (256, 256)
     largest_batch = 2
 """
 
@@ -226,7 +229,7 @@ def write_scans(folder: Path) -> None:
 
 
 def test_nnunet_plans_trains_and_predicts_from_elsewhere_with_the_encoder_gone(tmp_path: Path):
-    """Stock console scripts: plan and preprocess, train, predict; the last without variable, encoder file, raw or data."""
+    """Stock console scripts: plan and preprocess, train, predict; the last with neither variable nor encoder file."""
     scans, own_trainers, encoder = tmp_path / "scans", tmp_path / "own", save_small_encoder(tmp_path / "encoder")
     write_scans(scans)
     own_trainers.mkdir()

@@ -81,22 +81,21 @@ def test_encoded_patches_lie_on_the_grid_row_by_row():
 
 
 def test_reference_patches_follow_the_rule_without_a_tumour():
-    image = _image()
-    assert reference_points(image, 16) == (
-        ReferencePoint("centre", 2, 2),
-        ReferencePoint("darkest", 1, 3),
-        ReferencePoint("brightest", 3, 1),
+    assert reference_points(_image(), 16) == (
+        ReferencePoint("centre", 3, 3),
+        ReferencePoint("darkest", 2, 4),
+        ReferencePoint("brightest", 4, 2),
     )
 
 
 def test_reference_patches_avoid_the_tumour():
-    tumour = np.zeros((80, 80), dtype=bool)
-    tumour[48:64, 16:48] = True  # all of patches (3, 1), the brightest, and (3, 2)
-    tumour[52:60, 48:52] = True  # a corner of (3, 3): the centre moves towards (3, 2)
+    tumour = np.zeros((112, 112), dtype=bool)
+    tumour[64:80, 32:64] = True  # all of patches (4, 2), the brightest, and (4, 3)
+    tumour[68:76, 64:68] = True  # a corner of (4, 4): the centre moves towards (4, 3)
     assert reference_points(_image(), 16, tumour) == (
-        ReferencePoint("tumour", 3, 2),
-        ReferencePoint("darkest", 1, 3),
-        ReferencePoint("brightest", 1, 1),
+        ReferencePoint("tumour", 4, 3),
+        ReferencePoint("darkest", 2, 4),
+        ReferencePoint("brightest", 2, 2),
     )
 
 
@@ -107,14 +106,21 @@ def test_a_patch_counts_as_tissue_from_ninety_percent_on():
 
 
 def test_an_empty_slice_has_no_reference_patches():
-    with pytest.raises(ValueError, match=r"0 patches hold tissue; expected 3 or more"):
+    with pytest.raises(ValueError, match=r"no patch holds tissue; expected a slice through the brain"):
         reference_points(np.zeros((64, 64)), 16)
+
+
+def test_a_sliver_of_tissue_has_no_reference_patches():
+    image = np.zeros((64, 64))
+    image[16:32] = 1
+    with pytest.raises(ValueError, match=r"0 patches lie inside the tissue and outside the tumour; expected 2 or more"):
+        reference_points(image, 16)
 
 
 def test_labels_follow_the_volume_through_crop_and_resize():
     labels = np.zeros((20, 24, 28), dtype=np.int16)
     labels[3:9, 14:20, 16:22] = 1  # left, anterior, superior
-    labels[5:7, 15:17, 18:20] = 3
+    labels[5:7, 15:17, 16:22] = 3
     affine = np.array([[-1.5, 0, 0, 40], [0, 2, 0, -10], [0, 0, 1, 5], [0, 0, 0, 1]]) @ np.diag([-1.0, 1, 1, 1])
     data = labels.astype(np.float32) + 1
     data[:2] = data[-3:] = data[:, :1] = data[:, :, -4:] = 0
@@ -137,7 +143,9 @@ def test_the_slice_is_the_one_with_the_largest_tumour():
 
 
 def _image() -> np.ndarray:
-    """(80, 80): tissue in the inner 3 x 3 patches of 16 pixels; darkest at (1, 3), brightest at (3, 1), then (1, 1)."""
-    values = np.zeros((5, 5))
-    values[1:4, 1:4] = [[3.0, 0.5, -4.0], [0.2, 1.0, 0.3], [5.0, 0.1, 0.4]]
+    """(112, 112): tissue in the inner 5 x 5 patches of 16 pixels. Of the nine inside it the darkest is (2, 4), the brightest
+    (4, 2), then (2, 2); those at its edge are darker and brighter still."""
+    values = np.zeros((7, 7))
+    values[1:6, 1:6], values[1, 1:6] = -9, 9
+    values[2:5, 2:5] = [[3.0, 0.5, -4.0], [0.2, 1.0, 0.3], [5.0, 0.1, 0.4]]
     return np.kron(values, np.ones((16, 16)))
