@@ -5,7 +5,10 @@ A table is a folder, usually ``features/<encoder name>/``::
 
     features.json         format, encoder name, SHA-256 of its weights, preparation (how the slices were made)
     scans.tsv             one row per scan, as in a prepared folder
-    cls/<scan_id>.npy     (num_slices, D) float16, the CLS tokens from the lowest slice to the highest
+    cls/<scan_id>.npy     (num_slices, D) float32, the CLS tokens from the lowest slice to the highest
+
+The features are not rounded to half precision: between the scans of one cohort, CLS tokens of an encoder that has hardly
+been trained differ in the fourth digit and later, and a comparison with such an encoder must not be decided by rounding.
 
 One table holds one encoder and one preparation; the cache cannot mix two. Each scan's file appears whole. The mean
 over slices is taken when reading, so that another way of pooling needs no second pass through the encoder.
@@ -100,18 +103,17 @@ class FeatureTableWriter:
         """Write the CLS tokens (num_slices, D) of one scan; a scan added before is replaced.
 
         Raises:
-            ValueError: not a two-dimensional array of finite numbers within the range of float16.
+            ValueError: not a two-dimensional array of finite numbers.
         """
         if cls.ndim != 2 or not cls.size:
             raise ValueError(f"features of {scan.path}: found shape {cls.shape}; expected (num_slices, D)")
-        largest = float(np.abs(cls).max())
-        if not largest <= np.finfo(np.float16).max:
+        if not np.isfinite(cls).all():
             raise ValueError(
-                f"features of {scan.path}: largest value {largest:g}; expected finite numbers within float16. "
+                f"features of {scan.path}: {int((~np.isfinite(cls)).sum())} values are not finite. "
                 "Look at the scan, or at the encoder if all scans end like this"
             )
         with replace_file(_cls_path(self.table_dir, scan)) as temporary:
-            np.save(temporary, cls.astype(np.float16))
+            np.save(temporary, cls.astype(np.float32))
         self._scans[scan.scan_id] = scan
         # Rewriting the table at every scan would make a large cohort quadratic.
         if time.monotonic() - self._last_table > SECONDS_BETWEEN_TABLES:
@@ -173,7 +175,7 @@ class FeatureTable:
             raise ValueError(f"{path}: no features of {scan.path} in this table; run extract again") from error
         except (ValueError, EOFError, OSError) as error:
             raise ValueError(f"{path}: damaged features ({error}); delete the file and run extract again") from error
-        return cls.astype(np.float32)
+        return cls
 
 
 def _cls_path(table_dir: Path, scan: Scan) -> Path:

@@ -34,7 +34,7 @@ class MlpHead:
     """Paper sec. 4.3."""
     weight_decay: float = 1e-5
     """Paper sec. 4.3."""
-    steps: int = 2000
+    steps: int = 1000
     """Optimiser steps, the same for every label ratio and never chosen by looking at the test set."""
     batch_size: int = 32
     """Scans per step."""

@@ -126,8 +126,12 @@ def _scan_to_look_at(root: Path, scans: Sequence[Scan]) -> tuple[Scan | None, Pa
 
 
 def _point_names(points: Sequence[similarity.ReferencePoint], sequence: str) -> list[str]:
-    """Names for readers: on T1-weighted scans the darkest and the brightest patch are CSF and white matter."""
-    tissue = {"darkest": "darkest (CSF)", "brightest": "brightest (white matter)"} if sequence in ("T1", "T1c") else {}
+    """Names for readers: on T1-weighted scans the darkest patch is CSF, or nearest to it, and the brightest white matter."""
+    tissue = (
+        {"darkest": "darkest (CSF-like)", "brightest": "brightest (white-matter-like)"}
+        if sequence in ("T1", "T1c")
+        else {}
+    )
     return [tissue.get(point.name, point.name) for point in points]
 
 

@@ -123,4 +123,4 @@ class Grid:
         """An (x, y, z) array in the axis order and directions of the file."""
         order = [_AXIS_OF_CODE[code] for code in self.protocol.orientation]
         stored = array.transpose([axis for axis, _ in order])
-        return np.flip(stored, [storage_axis for storage_axis, (_, direction) in enumerate(order) if direction < 0])
+        return np.flip(stored, tuple(axis for axis, (_, direction) in enumerate(order) if direction < 0))

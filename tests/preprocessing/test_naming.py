@@ -81,8 +81,8 @@ def test_a_pattern_must_match_every_scan_but_not_the_files_that_are_left():
 
 def test_a_pattern_that_finds_no_known_sequence_says_what_is_known():
     pattern = re.compile(r"(?P<subject>\w+)\.(?P<sequence>\w+)\.nii")
-    with pytest.raises(ValueError, match=r"group 'sequence' is 'pd' .* expected one of fla, flair, mprage, t1"):
-        read_name(PurePosixPath("p1.pd.nii"), source_name="s", subject_pattern=pattern)
+    with pytest.raises(ValueError, match=r"group 'sequence' is 't7' .* expected one of fla, flair, mprage, t1"):
+        read_name(PurePosixPath("p1.t7.nii"), source_name="s", subject_pattern=pattern)
 
 
 def test_a_given_sequence_fills_in_but_does_not_override():

@@ -131,7 +131,7 @@ def test_every_id_is_given_once(page):
 def test_maps_show_both_encoders_at_the_tumour_and_two_more_points(project):
     text = (project / "report" / "index.html").read_text(encoding="utf-8")
     for encoder in ("pretrained", "untrained"):
-        for name in ("tumour", "darkest (CSF)", "brightest (white matter)"):
+        for name in ("tumour", "darkest (CSF-like)", "brightest (white-matter-like)"):
             assert f"{encoder} encoder: similarity with the {name} patch" in text
         assert f"{encoder} encoder: principal components" in text
     assert "where the tumour is largest" in text

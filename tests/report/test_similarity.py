@@ -143,8 +143,10 @@ def test_the_slice_is_the_one_with_the_largest_tumour():
 
 
 def _image() -> np.ndarray:
-    """(112, 112): tissue in the inner 5 x 5 patches of 16 pixels. Of the nine inside it the darkest is (2, 4), the brightest
-    (4, 2), then (2, 2); those at its edge are darker and brighter still."""
+    """(112, 112): tissue in the inner 5 x 5 patches of 16 pixels.
+
+    Of the nine inside it the darkest is (2, 4), the brightest (4, 2), then (2, 2); those at its edge are more extreme still.
+    """
     values = np.zeros((7, 7))
     values[1:6, 1:6], values[1, 1:6] = -9, 9
     values[2:5, 2:5] = [[3.0, 0.5, -4.0], [0.2, 1.0, 0.3], [5.0, 0.1, 0.4]]

@@ -1,0 +1,366 @@
+"""The whole room: every input accounted for, nothing done twice, the same bytes however it ran."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from braindino.manifest import Scan, load_brain, mask_path, read_scans
+from braindino.preprocessing import prepare as prepare_module
+from braindino.preprocessing.prepare import main
+from braindino.preprocessing.skull_strip import TOOLS, Tool
+from braindino.preprocessing.worker_pool import WorkerDied
+from braindino.slice_store import SliceStore
+from braindino.transforms import standardize
+from braindino.volume import Volume, load_volume, save_array
+
+SCRIPT = Path(prepare_module.__file__)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def times_of(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rows_by_name(out: Path) -> dict[str, Scan]:
+    return {Path(row.path).name: row for row in read_scans(out / "scans.tsv")}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    """Four stripped scans of two subjects."""
+    source = tmp_path_factory.mktemp("data") / "cohort"
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, n) for n in (28, 32, 26)], indexing="ij")
+    for number, name in enumerate(("P1-t1n", "P1-t2f", "P2-t1n", "P2-t2w")):
+        rng = np.random.default_rng(number)
+        data = np.where(x**2 + y**2 + z**2 < 0.8, 500 + 90 * x + 60 * y + 200 * rng.random(x.shape), 0)
+        source.mkdir(exist_ok=True)
+        save_array(data, np.diag([5.0, 5.0, 5.0, 1.0]), source / f"{name}.nii.gz", dtype=np.int16)
+    return source
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cohort, tmp_path_factory) -> Path:
+    """What one run without disturbance makes of the cohort, with two processes."""
+    out = tmp_path_factory.mktemp("out") / "prepared"
+    assert main([str(cohort), "--out", str(out), "--jobs", "2"]) == 0
+    return out
+
+
+def test_prepared_scans_are_the_standard_slices_in_the_store(cohort, undisturbed):
+    store = SliceStore(undisturbed / "store")
+    rows = rows_by_name(undisturbed)
+    assert [(row.subject, row.sequence, row.status, row.num_slices) for row in rows.values()] == [
+        ("P1", "FLAIR", "done", 128),
+        ("P1", "T1", "done", 128),
+        ("P2", "T1", "done", 128),
+        ("P2", "T2", "done", 128),
+    ]
+    assert len(store) == 512
+    assert {row.cohort for row in rows.values()} == {"cohort"}
+    assert all(Path(row.path).is_absolute() and row.seconds > 0 for row in rows.values())
+    cube = standardize(load_volume(cohort / "P1-t1n.nii.gz")).data
+    first = [scan.scan_id for scan in store.scans].index(rows["P1-t1n.nii.gz"].scan_id) * 128
+    for index in (first, first + 64, first + 127):
+        # Row 0 anterior, column 0 the patient's right.
+        expected = cube[::-1, ::-1, store.position_of(index)].T
+        np.testing.assert_allclose(store[index], expected, atol=2e-3)
+    assert (undisturbed / "montages/cohort_001.png").exists()
+
+
+def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(cohort, undisturbed, tmp_path):
+    out = tmp_path / "prepared"
+    command = [sys.executable, str(SCRIPT), str(cohort), "--out", str(out), "--jobs", "1"]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("cases/*.json")):
+        assert run.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    time.sleep(1)  # its worker notices and ends
+    finished = [path.stem for path in out.glob("cases/*.json")]
+    assert 0 < len(finished) < 4
+    assert (out / ".lock").exists(), "killed, it could not let go"
+    before = {name: seconds for name, seconds in times_of(out).items() if Path(name).stem in finished}
+
+    assert main([str(cohort), "--out", str(out), "--jobs", "0"]) == 0
+    after = times_of(out)
+    assert {name: after[name] for name in before} == before
+    assert files_of(out / "store") == files_of(undisturbed / "store")
+    assert not (out / ".lock").exists()
+
+
+def test_a_second_run_does_nothing_and_a_changed_file_or_setting_does_only_what_it_touches(
+    cohort, undisturbed, tmp_path, capsys
+):
+    source, out = tmp_path / "cohort", tmp_path / "prepared"
+    shutil.copytree(cohort, source)
+    for name in ("P2-t1n.nii.gz", "P2-t2w.nii.gz"):
+        (source / name).unlink()
+    assert main([str(source), "--out", str(out), "--jobs", "0"]) == 0
+    before = times_of(out / "store/slices")
+    capsys.readouterr()
+    assert main([str(source), "--out", str(out), "--jobs", "0"]) == 0
+    assert "2 done" in (printed := capsys.readouterr().out) and "0 worked on" in printed
+    assert times_of(out / "store/slices") == before
+
+    shutil.copy(cohort / "P2-t1n.nii.gz", source / "P1-t1n.nii.gz")
+    assert main([str(source), "--out", str(out), "--jobs", "0"]) == 0
+    assert "1 worked on" in capsys.readouterr().out
+    rows = rows_by_name(out)
+    after = times_of(out / "store/slices")
+    changed = {Path(name).name for name in before if after[name] != before[name]}
+    assert changed == {rows["P1-t1n.nii.gz"].scan_id}
+
+    positions = [SliceStore(out / "store").position_of(index) for index in range(128)]
+    assert main([str(source), "--out", str(out), "--jobs", "0", "--seed", "1"]) == 0
+    assert "2 worked on" in capsys.readouterr().out
+    assert positions != [SliceStore(out / "store").position_of(index) for index in range(128)]
+
+
+def test_bad_inputs_end_as_rows_with_their_own_codes_beside_the_good_ones(phantom, tmp_path, capsys):
+    source, out = tmp_path / "raw", tmp_path / "prepared"
+    good = phantom.save(source / "good_t1.nii.gz")
+    data, affine = phantom.stripped, phantom.affine
+    (source / "truncated_t1.nii.gz").write_bytes(good.read_bytes()[:-5000])
+    save_array(np.stack([data] * 3, axis=3), affine, source / "series_t1.nii.gz", dtype=np.int16)
+    holes = data.copy()
+    holes[10:20] = np.nan
+    save_array(holes, affine, source / "nans_t1.nii.gz", dtype=np.float32)
+    holes = data.copy()
+    holes[20, 24, 18] = np.inf
+    save_array(holes[..., None], affine, source / "mended_t1.nii.gz", dtype=np.float32)
+    save_array(0 * data, affine, source / "zeros_t1.nii.gz", dtype=np.int16)
+    save_array(data[:, :, 18], affine, source / "flat_t1.nii.gz", dtype=np.int16)
+    save_array(phantom.brain, affine, source / "secret_t1.nii.gz", dtype=np.uint8)
+    save_array(phantom.brain, affine, source / "good_mask.nii.gz", dtype=np.uint8)
+    (source / "text_t1.nii.gz").write_text("subject,age\n1,54\n")
+    (source / "gone_t1.nii.gz").symlink_to(source / "nowhere.nii.gz")
+
+    assert main([str(source), "--out", str(out), "--jobs", "1"]) == 3
+    rows = rows_by_name(out)
+    assert {name: (row.status, row.reason.partition(":")[0]) for name, row in rows.items()} == {
+        "good_t1.nii.gz": ("done", ""),
+        "mended_t1.nii.gz": ("done", "singleton_squeezed; nonfinite_replaced=1"),
+        "good_mask.nii.gz": ("skipped", "label"),
+        "truncated_t1.nii.gz": ("quarantined", "unreadable"),
+        "series_t1.nii.gz": ("quarantined", "four_dimensional"),
+        "nans_t1.nii.gz": ("quarantined", "non_finite"),
+        "zeros_t1.nii.gz": ("quarantined", "constant"),
+        "flat_t1.nii.gz": ("quarantined", "two_dimensional"),
+        "secret_t1.nii.gz": ("quarantined", "label_map"),
+        "text_t1.nii.gz": ("quarantined", "not_nifti"),
+        "gone_t1.nii.gz": ("quarantined", "unreadable"),
+    }
+    assert len(rows) == len(list(source.iterdir()))
+    assert rows["zeros_t1.nii.gz"].reason == "constant: every voxel is 0; expected an image"
+    assert {scan.subject for scan in SliceStore(out / "store").scans} == {"good", "mended"}
+    printed = capsys.readouterr().out
+    assert "11 files" in printed and "quarantined label_map: 1" in printed and "skipped label: 1" in printed
+
+    # The same again costs nothing; a file that was replaced by a good one is done, and the rest still counts.
+    (source / "text_t1.nii.gz").write_bytes(good.read_bytes())
+    assert main([str(source), "--out", str(out), "--jobs", "0"]) == 3
+    assert rows_by_name(out)["text_t1.nii.gz"].status == "done"
+    # Two now: the link to nowhere has no bytes by which to know it again.
+    assert "2 worked on" in capsys.readouterr().out
+
+
+class FakeStripper:
+    """Takes the phantom's brain by its grey values."""
+
+    calls = 0
+
+    def strip(self, volume: Volume) -> np.ndarray:
+        type(self).calls += 1
+        return (volume.data > 100) & (volume.data < 700)
+
+
+@pytest.fixture
+def fake_tool(monkeypatch):
+    monkeypatch.setattr(FakeStripper, "calls", 0)
+    monkeypatch.setitem(TOOLS, "hd-bet", Tool(lambda: "1.0", lambda device: FakeStripper()))
+
+
+def test_masks_lie_on_the_own_grid_of_an_oblique_file_and_stripped_scans_are_left_alone(phantom, tmp_path, fake_tool):
+    source, out = tmp_path / "c", tmp_path / "prepared"
+    phantom.save(source / "P2_t1.nii.gz", stripped=True)
+    # Stored from left, posterior, superior axes in the order z, x, y, and turned by 10 degrees about the vertical.
+    turn = np.deg2rad(10)
+    rotation = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1.0]])
+    world = np.eye(4)
+    world[:3, :3] = rotation @ (4.0 * np.eye(3))
+    ras = nib.Nifti1Image(phantom.head.astype(np.int16), world)
+    turned = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt("SLP"))
+    native = ras.as_reoriented(turned)
+    nib.save(native, source / "P1_t1.nii.gz")
+
+    assert main([str(source), "--out", str(out), "--skull-strip", "hd-bet", "--jobs", "0"]) == 0
+    rows = rows_by_name(out)
+    assert rows["P2_t1.nii.gz"].reason == "already_stripped"
+    assert not mask_path(out, rows["P2_t1.nii.gz"]).exists()
+    assert FakeStripper.calls == 1
+
+    row = rows["P1_t1.nii.gz"]
+    assert row.reason == ""
+    mask = nib.load(mask_path(out, row))
+    np.testing.assert_allclose(mask.affine, native.affine, atol=1e-5)
+    values = np.asarray(native.dataobj)
+    inside = np.asarray(mask.dataobj).astype(bool)
+    assert inside.shape == (36, 40, 48)
+    np.testing.assert_array_equal(inside, (values > 100) & (values < 700))
+    brain = load_brain(out, row)
+    assert brain.data.max() < 700
+    np.testing.assert_array_equal(brain.data != 0, phantom.brain)
+    case = json.loads((out / "cases" / f"{row.scan_id}.json").read_text())
+    assert case["brain_ml"] == pytest.approx(np.count_nonzero(phantom.brain) * 0.064, abs=0.05)
+
+    # Without stripping the mask must go, or readers would go on applying it.
+    assert main([str(source), "--out", str(out), "--jobs", "0"]) == 0
+    assert not mask_path(out, row).exists()
+    assert load_brain(out, row).data.max() == 800
+
+
+@pytest.mark.parametrize("wrong", [np.zeros_like, np.ones_like])
+def test_a_wrong_brain_mask_is_quarantined_and_nothing_of_it_stays(phantom, tmp_path, fake_tool, monkeypatch, wrong):
+    monkeypatch.setattr(FakeStripper, "strip", lambda self, volume: wrong(volume.data, dtype=bool))
+    phantom.save(tmp_path / "c/P1_t1.nii.gz", stripped=False)
+    out = tmp_path / "prepared"
+    assert main([str(tmp_path / "c"), "--out", str(out), "--skull-strip", "hd-bet", "--jobs", "0"]) == 3
+    (row,) = read_scans(out / "scans.tsv")
+    assert (row.status, row.reason.partition(":")[0], row.num_slices) == ("quarantined", "bad_brain_mask", 0)
+    assert not (out / "masks").exists()
+    assert len(SliceStore(out / "store")) == 0
+
+
+def test_faults_of_the_machine_are_quarantined_told_and_tried_again(phantom, tmp_path, fake_tool, monkeypatch, capsys):
+    source, out = tmp_path / "c", tmp_path / "prepared"
+    phantom.save(source / "P1_t1.nii.gz", stripped=False)
+    phantom.save(source / "P2_t1.nii.gz", stripped=True)
+    command = [str(source), "--out", str(out), "--skull-strip", "hd-bet", "--jobs", "0"]
+
+    def fail(self, volume):
+        raise RuntimeError("out of memory on the device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeStripper, "strip", fail)
+        assert main(command) == 3
+    rows = rows_by_name(out)
+    assert rows["P1_t1.nii.gz"].reason == "failed: RuntimeError: out of memory on the device"
+    assert rows["P2_t1.nii.gz"].status == "done"
+    assert "Traceback" in capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "run_tasks", lambda function, tasks, jobs: [(tasks[0], WorkerDied(-9))])
+        assert main(command) == 3
+    assert rows_by_name(out)["P1_t1.nii.gz"].reason.startswith("worker_died: its process was killed")
+
+    assert main(command) == 0
+    assert "1 worked on" in capsys.readouterr().out
+    assert {row.status for row in read_scans(out / "scans.tsv")} == {"done"}
+
+
+def test_other_sources_add_to_a_folder_and_a_renamed_cohort_leaves_one_row_per_file(phantom, tmp_path):
+    one, two = phantom.save(tmp_path / "one/P1_t1.nii.gz"), phantom.save(tmp_path / "two/P1_t1.nii.gz")
+    out = tmp_path / "prepared"
+    assert main([str(one.parent), "--out", str(out), "--jobs", "0"]) == 0
+    assert main([str(two.parent), "--out", str(out), "--jobs", "0"]) == 0
+    assert [(row.cohort, row.path) for row in read_scans(out / "scans.tsv")] == [("one", str(one)), ("two", str(two))]
+    assert main([str(two), "--out", str(out), "--jobs", "0", "--cohort", "TWO", "--sequence", "T2"]) == 0
+    rows = read_scans(out / "scans.tsv")
+    assert [(row.cohort, row.sequence) for row in rows] == [("TWO", "T1"), ("one", "T1")]
+    assert [scan.scan_id for scan in SliceStore(out / "store").scans] == [row.scan_id for row in rows]
+    assert len(list((out / "cases").iterdir())) == 2
+
+
+def test_a_namesake_of_a_scan_prepared_earlier_is_refused_unless_it_moved(phantom, tmp_path, capsys):
+    first = phantom.save(tmp_path / "a/raw/P1_t1.nii.gz")
+    second = phantom.save(tmp_path / "b/raw/P1_t1.nii.gz")
+    out = tmp_path / "prepared"
+    assert main([str(first.parent), "--out", str(out), "--jobs", "0"]) == 0
+    assert main([str(second.parent), "--out", str(out), "--jobs", "0"]) == 1
+    assert "would both be cohort 'raw', subject 'P1'" in capsys.readouterr().err
+    first.unlink()
+    assert main([str(second.parent), "--out", str(out), "--jobs", "0"]) == 0
+    assert [row.path for row in read_scans(out / "scans.tsv")] == [str(second)]
+
+
+def test_slices_without_a_row_are_not_published(cohort, undisturbed, tmp_path, phantom):
+    out = tmp_path / "prepared"
+    phantom.save(tmp_path / "c/P9_t1.nii.gz")
+    shutil.copytree(undisturbed / "store", out / "store")  # as if killed between slices and case, four times
+    assert main([str(tmp_path / "c"), "--out", str(out), "--jobs", "0"]) == 0
+    assert [scan.subject for scan in SliceStore(out / "store").scans] == ["P9"]
+
+
+def test_a_folder_at_work_refuses_a_second_run_and_the_lock_of_a_dead_one_is_taken(cohort, tmp_path, capsys):
+    out = tmp_path / "prepared"
+    out.mkdir()
+    owner = {"pid": os.getpid(), "host": socket.gethostname()}
+    (out / ".lock").write_text(json.dumps(owner))
+    one = str(cohort / "P1-t1n.nii.gz")
+    assert main([one, "--out", str(out), "--jobs", "0"]) == 1
+    assert f"process {owner['pid']} on {owner['host']} is working here" in capsys.readouterr().err
+    assert not (out / "scans.tsv").exists()
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (out / ".lock").write_text(json.dumps({**owner, "pid": gone.pid}))
+    assert main([one, "--out", str(out), "--jobs", "0"]) == 0
+
+
+def test_a_dry_run_counts_and_writes_nothing(cohort, tmp_path, capsys):
+    out = tmp_path / "prepared"
+    assert main([str(cohort), "--out", str(out), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 files: 4 scans, 0 left" in printed
+    assert "take  cohort T1: 2 scans of 2 subjects" in printed
+    assert "0 are done already, 4 to do" in printed
+    assert not out.exists()
+
+
+def test_wrong_arguments_are_one_clear_message(cohort, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "prepared")]
+    assert main([str(tmp_path / "nowhere"), *out]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/nowhere: no such file or folder")
+    for wrong, message in (
+        ([str(cohort), "--subject-pattern", "("], "unterminated"),
+        ([str(cohort), "--subject-pattern", "x"], "(?P<subject>"),
+        ([str(cohort), "--jobs", "-1"], "expected 0 or more"),
+        ([str(cohort), "--skull-strip", "fsl"], "hd-bet"),
+        ([], "none given"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([*wrong, *out])
+        assert caught.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_stops_the_run_and_keeps_what_is_finished(cohort, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "prepared"
+    command = [str(cohort), "--out", str(out), "--jobs", "0"]
+    assert main([command[0] + "/P1-t1n.nii.gz", *command[1:], "--cohort", "cohort"]) == 0
+
+    def full(self, scan, slices, indices):
+        raise OSError(28, "No space left on device", str(out / "store"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("braindino.slice_store.SliceStoreWriter.add", full)
+        assert main(command) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [row.subject for row in read_scans(out / "scans.tsv")] == ["P1"]
+    assert len(SliceStore(out / "store")) == 128
