@@ -1,5 +1,4 @@
-"""Frozen features on disk: one encoder's slice CLS tokens of many scans. Owner of the feature table format (version
-1).
+"""Frozen features on disk: one encoder's slice CLS tokens of many scans. Owner of the format (version 1).
 
 A table is a folder, usually ``features/<encoder name>/``::
 
@@ -7,8 +6,9 @@ A table is a folder, usually ``features/<encoder name>/``::
     scans.tsv             one row per scan, as in a prepared folder
     cls/<scan_id>.npy     (num_slices, D) float32, the CLS tokens from the lowest slice to the highest
 
-The features are not rounded to half precision: between the scans of one cohort, CLS tokens of an encoder that has hardly
-been trained differ in the fourth digit and later, and a comparison with such an encoder must not be decided by rounding.
+The features are not rounded to half precision: between the scans of one cohort, CLS tokens of an encoder that has
+hardly been trained differ in the fourth digit and later, and a comparison with such an encoder must not be decided
+by rounding.
 
 One table holds one encoder and one preparation; the cache cannot mix two. Each scan's file appears whole. The mean
 over slices is taken when reading, so that another way of pooling needs no second pass through the encoder.

@@ -93,10 +93,11 @@ def _run(config: EvaluateConfig, *, command: list[str]) -> None:
     write_summary(config.out / task.name / "summary.tsv", rows)
     print(format_summary(rows))
     if isinstance(task.head, KnnProbe):
-        shown = {row["variant"] for row in rows if row["ratio"] == rows[-1]["ratio"]}
-        missing = [k for k in task.head.neighbours if f"k={k}" not in shown]
-        if missing:
-            print(f"left out: k = {', '.join(map(str, missing))}, larger than the memory bank")
+        for ratio in config.ratios:
+            shown = {row["variant"] for row in rows if row["ratio"] == f"{ratio:g}"}
+            missing = [str(k) for k in task.head.neighbours if f"k={k}" not in shown]
+            if missing:
+                print(f"ratio {ratio:g}: left out k = {', '.join(missing)}, larger than the memory bank")
     print(f"means over {len(splits)} seed(s); {config.out / task.name / 'summary.tsv'}")
 
 

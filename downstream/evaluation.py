@@ -265,7 +265,7 @@ def run_trials(
             baseline=_baseline(task, cases, job),
             num_train_subjects=len(job.split.subsets[job.ratio]),
             num_train_scans=len(job.train),
-            num_far_outside=0 if task.classes else _num_far_outside(cases.targets[job.train], prediction),
+            num_far_outside=0 if task.classes else count_far_outside(cases.targets[job.train], prediction),
         )
         for job, variants in zip(jobs, predictions, strict=True)
         for variant, prediction in variants.items()
@@ -295,6 +295,13 @@ def score_trials(task: Task, cases: Cases, trials: Sequence[Trial]) -> list[Scor
         baseline = bootstrap_interval(mean_over_trials(metric, [trial.baseline for trial in trials]), subjects)
         scores.append(Score(name, value, metric.baseline_name, baseline))
     return scores
+
+
+def count_far_outside(train_targets: np.ndarray, prediction: Prediction) -> int:
+    """Return how many predicted values lie beyond the range of the training targets by more than half its width."""
+    low, high = train_targets.min(), train_targets.max()
+    margin = FAR_OUTSIDE * (high - low)
+    return int(((prediction.predicted < low - margin) | (prediction.predicted > high + margin)).sum())
 
 
 def _target(task: Task, label: Label) -> float:
@@ -381,9 +388,3 @@ def _baseline(task: Task, cases: Cases, job: _Job) -> Prediction:
         return Prediction(job.test, targets, np.full(len(targets), train.mean()))
     shares = np.bincount(train, minlength=len(task.classes)) / len(train)
     return Prediction(job.test, targets, np.full(len(targets), shares.argmax()), np.tile(shares, (len(targets), 1)))
-
-
-def _num_far_outside(train_targets: np.ndarray, prediction: Prediction) -> int:
-    low, high = train_targets.min(), train_targets.max()
-    margin = FAR_OUTSIDE * (high - low)
-    return int(((prediction.predicted < low - margin) | (prediction.predicted > high + margin)).sum())

@@ -24,11 +24,12 @@ BRAIN_ML_RANGE = (200.0, 2500.0)
 MAX_HEAD_FRACTION = 0.9
 
 # An image counts as stripped when its non-zero part is of a brain's size (a head has 3 to 6 l), lies in a field of
-# exact zeros, and is not cut off by the border (a neck is). Measured: stripped scans of four collections have 69-93 %
-# zeros, 580-1640 ml and touch no face; a scan with skull and zeroed air 44 % zeros, 3460 ml, 62 % of the lowest face.
+# exact zeros, and is not cut off by the border (a neck is). Measured: stripped scans of four collections, cropped to
+# their box, have 50-73 % zeros, 580-1640 ml and fill at most 1 % of a face; a scan with skull and zeroed air has 44 %
+# zeros, 3460 ml and fills 62 % of the lowest face.
 STRIPPED_ML_RANGE = (100.0, 2300.0)
 STRIPPED_MIN_ZEROS = 0.4
-STRIPPED_MAX_FACE = 0.35
+STRIPPED_MAX_FACE = 0.15
 
 OFFLINE_SPACING_MM = 1.5
 OFFLINE_MULTIPLE, OFFLINE_MIN_EXTENT = 16, 128

@@ -126,7 +126,7 @@ def _scan_to_look_at(root: Path, scans: Sequence[Scan]) -> tuple[Scan | None, Pa
 
 
 def _point_names(points: Sequence[similarity.ReferencePoint], sequence: str) -> list[str]:
-    """Names for readers: on T1-weighted scans the darkest patch is CSF, or nearest to it, and the brightest white matter."""
+    """Names for readers: on T1-weighted scans CSF is darkest, and white matter brightest."""
     tissue = (
         {"darkest": "darkest (CSF-like)", "brightest": "brightest (white-matter-like)"}
         if sequence in ("T1", "T1c")

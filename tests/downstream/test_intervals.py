@@ -18,14 +18,16 @@ def test_weighted_metrics_equal_scikit_learn_with_sample_weights_and_with_ties()
     accuracy = metrics.accuracy(targets, predicted, weights=weights)
     error = metrics.mean_absolute_error(targets * 1.5, scores[:, 0], weights=weights)
     for draw, w in enumerate(weights):
-        one_versus_rest = [
-            roc_auc_score(targets == k, probabilities[:, k], sample_weight=w) for k in range(3)
-        ]
+        one_versus_rest = [roc_auc_score(targets == k, probabilities[:, k], sample_weight=w) for k in range(3)]
         assert auc[draw] == pytest.approx(np.mean(one_versus_rest), abs=1e-12)
         assert accuracy[draw] == pytest.approx(accuracy_score(targets, predicted, sample_weight=w), abs=1e-12)
-        assert error[draw] == pytest.approx(mean_absolute_error(targets * 1.5, scores[:, 0], sample_weight=w), abs=1e-12)
+        assert error[draw] == pytest.approx(
+            mean_absolute_error(targets * 1.5, scores[:, 0], sample_weight=w), abs=1e-12
+        )
     unweighted = metrics.macro_auc(targets, probabilities, weights=np.ones((1, 50)))[0]
-    assert unweighted == pytest.approx(roc_auc_score(targets, probabilities, multi_class="ovr", average="macro"), abs=1e-12)
+    assert unweighted == pytest.approx(
+        roc_auc_score(targets, probabilities, multi_class="ovr", average="macro"), abs=1e-12
+    )
 
 
 def test_with_one_scan_per_subject_the_interval_is_that_of_scipy():

@@ -6,7 +6,7 @@ from braindino.downstream.knn import knn_predict, vote
 
 
 def test_a_tie_in_votes_goes_to_the_class_with_the_larger_summed_similarity():
-    # Two votes each: class 0 with 0.9 + 0.3 = 1.2, class 2 with 0.8 + 0.6 = 1.4; class 1 has the single most similar neighbour.
+    # Two votes each: class 0 with 0.9 + 0.3 = 1.2, class 2 with 0.8 + 0.6 = 1.4. Class 1 is nearest.
     labels = np.array([[1, 0, 2, 2, 0]])
     similarity = np.array([[0.95, 0.9, 0.8, 0.6, 0.3]])
     assert vote(labels, similarity, num_classes=3).tolist() == [2]

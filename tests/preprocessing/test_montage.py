@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from braindino.manifest import Scan
-from braindino.preprocessing.montage import SCANS_PER_PAGE, draw_montages
+from braindino.preprocessing import montage
+from braindino.preprocessing.montage import draw_montages
 from braindino.slice_store import SliceStoreWriter
 
 
@@ -41,8 +42,9 @@ def test_a_page_is_drawn_again_only_when_it_changes(store, tmp_path):
     assert page.stat().st_mtime_ns > first
 
 
-def test_a_cohort_gets_as_many_pages_as_it_needs_and_old_ones_go(store, tmp_path):
-    rows = [Scan(f"/d/{i}.nii", "B", f"p{i}", status="quarantined", reason="x") for i in range(SCANS_PER_PAGE + 1)]
+def test_a_cohort_gets_as_many_pages_as_it_needs_and_old_ones_go(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(montage, "SCANS_PER_PAGE", 2)
+    rows = [Scan(f"/d/{i}.nii", "B", f"p{i}", status="quarantined", reason="x") for i in range(3)]
     pages = draw_montages(tmp_path / "montages", store, [*store.scans, *rows])
     assert [page.name for page in pages] == ["A_1_001.png", "B_001.png", "B_002.png"]
     draw_montages(tmp_path / "montages", store, rows[:1])

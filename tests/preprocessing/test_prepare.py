@@ -349,7 +349,6 @@ def test_wrong_arguments_are_one_clear_message(cohort, tmp_path, capsys):
         assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_stops_the_run_and_keeps_what_is_finished(cohort, tmp_path, monkeypatch, capsys):
     out = tmp_path / "prepared"
     command = [str(cohort), "--out", str(out), "--jobs", "0"]

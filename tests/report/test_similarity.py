@@ -145,7 +145,8 @@ def test_the_slice_is_the_one_with_the_largest_tumour():
 def _image() -> np.ndarray:
     """(112, 112): tissue in the inner 5 x 5 patches of 16 pixels.
 
-    Of the nine inside it the darkest is (2, 4), the brightest (4, 2), then (2, 2); those at its edge are more extreme still.
+    Of the nine inside it the darkest is (2, 4), the brightest (4, 2), then (2, 2); those at its
+    edge are more extreme still.
     """
     values = np.zeros((7, 7))
     values[1:6, 1:6], values[1, 1:6] = -9, 9
