@@ -3,9 +3,12 @@
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SECONDS_TO_WRITE = 1.0
 
 
 @contextmanager
@@ -27,7 +30,9 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
             break
         except FileExistsError:
             holder = _holder(path)
-            if holder is None or (holder["host"] == owner["host"] and not _alive(holder["pid"])):
+            if holder is None:
+                continue
+            if holder["host"] == owner["host"] and not _alive(holder["pid"]):
                 path.unlink(missing_ok=True)
                 continue
             raise ValueError(
@@ -43,10 +48,20 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
 
 
 def _holder(path: Path) -> dict | None:
-    """Who holds the lock; None when it vanished or was left half written by a killed process."""
+    """Who holds the lock; None when it went away meanwhile, or was left unwritten by a killed process and removed."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError:
+        # Its owner writes it at once after making it; an empty one that stays empty belongs to nobody.
+        time.sleep(SECONDS_TO_WRITE)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError:
+        path.unlink(missing_ok=True)
         return None
 
 

@@ -57,6 +57,13 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
         pass
 
 
+def test_a_lock_that_its_owner_never_wrote_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braindino.lock.SECONDS_TO_WRITE", 0.01)
+    (tmp_path / ".lock").touch()
+    with lock_folder(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
 def test_progress_in_a_log_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
