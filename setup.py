@@ -1,7 +1,7 @@
 """Packaging only: names, folder mapping, dependencies, entry points. Tool settings are in pyproject.toml.
 
-The rooms live in top-level folders so that a reader finds them, but install under ``braindino.`` so that names as common as
-``preprocessing`` never reach other people's site-packages.
+The rooms live in top-level folders so that a reader finds them, but install under ``braindino.`` so that names as
+common as ``preprocessing`` never reach other people's site-packages.
 """
 
 from pathlib import Path
