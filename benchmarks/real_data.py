@@ -7,7 +7,6 @@ commands.log; the numbers for the document are printed last and kept in results.
 """
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from braindino.manifest import mask_path, read_scans
 from braindino.provenance import versions
 from braindino.splits import split_subjects, write_subjects
 from braindino.steps import Step, program, run_steps, verb
+from braindino.task_summary import read_task_summary
 from braindino.volume import load_mask
 
 DATASET_ID = 902
@@ -183,8 +183,7 @@ def results(data: Path, out: Path, seconds: float) -> str:
             f"{row['mean']:.3f} ± {row['sd']:.3f}" for row in (scores[name]["regions"][region] for name in ENCODERS)
         ]
         lines.append(f"| {region} | {cells[0]} | {cells[1]} |")
-    with (out / "eval" / "knn_sequence" / "summary.tsv").open(newline="", encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle, delimiter="\t"))
+    rows = read_task_summary(out / "eval" / "knn_sequence" / "summary.tsv")
     lines += ["", "| kNN, sequence | features | accuracy [95 %] | baseline |", "|---|---|---|---|"]
     lines += [
         f"| {row['variant']} | {row['encoder']} | {row['estimate']} [{row['low']}, {row['high']}] | "

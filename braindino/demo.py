@@ -4,7 +4,6 @@ Every step is a program run on files; the commands are printed, and kept in ``co
 second run goes on where the first was stopped, because each program does.
 """
 
-import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 import tyro
 
 from braindino.steps import Step, program, run_steps, verb
+from braindino.task_summary import read_task_summary
 
 DATASET_ID = 901
 DATASET = f"Dataset{DATASET_ID}_SimulatedTumors"
@@ -141,8 +141,7 @@ def results_table(out: Path) -> str:
 
 def _task_rows(task: str, summary: Path) -> list[tuple[str, str, str, str, str]]:
     """One row per metric at all labels: for kNN at its smallest neighbourhood."""
-    with summary.open(newline="", encoding="utf-8") as handle:
-        lines = [line for line in csv.DictReader(handle, delimiter="\t") if float(line["ratio"]) == 1.0]
+    lines = [line for line in read_task_summary(summary) if float(line["ratio"]) == 1.0]
     variant = lines[0]["variant"]
     cells: dict[str, dict[str, dict[str, str]]] = {}
     for line in lines:

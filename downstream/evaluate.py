@@ -10,11 +10,12 @@ import tyro
 from braindino.downstream.config import EvaluateConfig
 from braindino.downstream.evaluation import make_split, run_trials, select_cases
 from braindino.downstream.labels import labels_of, read_labels
-from braindino.downstream.results import data_note, format_summary, hash_scans, summarise, write_seed, write_summary
+from braindino.downstream.results import data_note, format_summary, hash_scans, summarise, write_seed
 from braindino.downstream.tasks import TASKS, KnnProbe
 from braindino.feature_table import FeatureTable
 from braindino.provenance import versions
 from braindino.splits import read_subjects
+from braindino.task_summary import write_task_summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +91,7 @@ def _run(config: EvaluateConfig, *, command: list[str]) -> None:
         if num_far:
             print(f"warning: {name}: {num_far} predictions lie beyond the training range by more than half its width")
     rows = summarise(task, cases, trials_of_encoder)
-    write_summary(config.out / task.name / "summary.tsv", rows)
+    write_task_summary(config.out / task.name / "summary.tsv", rows)
     print(format_summary(rows))
     if isinstance(task.head, KnnProbe):
         for ratio in config.ratios:

@@ -1,10 +1,8 @@
-"""What an evaluation leaves on disk, and the table it prints. Format version 1::
+"""What an evaluation leaves on disk beside its summary (``braindino.task_summary``). Format version 1::
 
-OUT/<task>/summary.tsv                                one row per encoder, ratio, variant and metric: mean over
-the seeds OUT/<task>/<encoder>/seed_<k>/metrics.json            every number of one seed, with where it comes
-from
-                              predictions.csv         every test case
-                              splits.json             who trained, who was tested on
+OUT/<task>/<encoder>/seed_<k>/metrics.json      every number of one seed, with where it comes from
+                              predictions.csv   every test case
+                              splits.json       who trained, who was tested on
 """
 
 import csv
@@ -103,13 +101,6 @@ def summarise(task: Task, cases: Cases, trials_of_encoder: Mapping[str, Sequence
                     }
                 )
     return rows
-
-
-def write_summary(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write ``summary.tsv``."""
-    write_text(
-        path, "\n".join("\t".join(line) for line in [list(rows[0]), *[list(row.values()) for row in rows]]) + "\n"
-    )
 
 
 def format_summary(rows: Sequence[Mapping[str, str]]) -> str:

@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from braindino.lock import lock_folder
+from braindino.metrics_log import append_metrics, drop_metrics_after, read_metrics
 from braindino.pretrain.checkpoint import Checkpoint, checkpoint_folders, load_newest_checkpoint, save_checkpoint
 from braindino.pretrain.config import PATCH_SIZE, PretrainConfig, config_to_dict, overlay, read_config_file
 from braindino.pretrain.data import (
@@ -38,7 +39,6 @@ from braindino.pretrain.distillation import (
     expected_initial_loss,
 )
 from braindino.pretrain.interruption import stop_on_signal
-from braindino.pretrain.metrics import append_metrics, drop_metrics_after, read_metrics
 from braindino.pretrain.optimizer import build_adamw, clip_gradients, parameter_groups, set_rates, update_teacher
 from braindino.pretrain.progress import draw_progress
 from braindino.pretrain.randomness import torch_generator

@@ -1,4 +1,4 @@
-"""Reading the small tables and records of a project folder: TSV, JSON, JSON lines, YAML. Errors name the file."""
+"""Reading the small tables and records of a project folder: TSV, JSON, YAML. Errors name the file."""
 
 import csv
 import json
@@ -26,19 +26,6 @@ def read_tsv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         if "\0" in row or "\0" in row.values():
             raise ValueError(f"{path}, line {number}: expected {len(columns)} cells, as in the header")
     return columns, rows
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line; a last line that is not finished is passed over."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
-    return rows
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

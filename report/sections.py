@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, read_scans
+from braindino.metrics_log import read_metrics
 from braindino.provenance import versions
 from braindino.report import figures
 from braindino.report.markup import Html, details, drawing, element, figure, join, picture, table, tiles
-from braindino.report.records import numbers, read_json, read_json_lines, read_tsv, read_yaml
+from braindino.report.records import numbers, read_json, read_tsv, read_yaml
+from braindino.task_summary import read_task_summary
 
 MAX_MONTAGES = 6
 MAX_OVERLAYS = 8
@@ -48,10 +50,6 @@ KEY_SETTINGS = (
     ("teacher momentum", "optimizer.teacher_momentum"),
     ("seed", "seed"),
 )
-SUMMARY_COLUMNS = (
-    "encoder", "ratio", "variant", "metric", "estimate", "low", "high", "baseline", "baseline_low", "baseline_high",
-    "baseline_name", "train_subjects", "test_subjects", "seeds", "data",
-)  # fmt: skip
 
 
 class Content(NamedTuple):
@@ -151,7 +149,7 @@ def pretraining_section(root: Path) -> Content:
     if not metrics.is_file():
         return Content(None, "No pretrain/metrics.jsonl here: no encoder was pretrained in this folder.")
     files = [metrics]
-    rows = read_json_lines(metrics)
+    rows = read_metrics(metrics)
     if not rows:
         raise ValueError(f"{metrics}: no complete line; expected one JSON object per logged iteration")
     settings: Mapping[str, Any] = {}
@@ -248,7 +246,7 @@ def tasks_section(root: Path) -> Content:
     parts: list[object] = []
     files: list[Path] = []
     for path in paths:
-        rows = _read_summary(path)
+        rows = read_task_summary(path)
         seeds = sorted(path.parent.glob("*/seed_*/metrics.json"))
         files += [path, *seeds]
         parts += [element("h3", path.parent.name.replace("_", " ")), *_task_parts(path, rows)]
@@ -302,17 +300,6 @@ def simulation_notice(root: Path) -> str | None:
 def link_to(root: Path, path: Path) -> str:
     """The address of a file below ``root``, relative to the page in ``root/report``."""
     return "../" + quote(path.relative_to(root).as_posix())
-
-
-def _read_summary(path: Path) -> list[dict[str, str]]:
-    columns, rows = read_tsv(path)
-    missing = [name for name in SUMMARY_COLUMNS if name not in columns]
-    if missing or not rows:
-        raise ValueError(
-            f"{path}: columns {missing} are missing, {len(rows)} rows; "
-            "expected the table that `braindino evaluate` writes"
-        )
-    return rows
 
 
 def _task_parts(path: Path, rows: Sequence[Mapping[str, str]]) -> list[object]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from braindino.metrics_log import append_metrics, drop_metrics_after, read_metrics
 from braindino.pretrain.checkpoint import checkpoint_folders, load_newest_checkpoint, save_checkpoint
-from braindino.pretrain.metrics import append_metrics, drop_metrics_after, read_metrics
 from braindino.pretrain.progress import draw_progress
 
 

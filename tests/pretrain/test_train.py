@@ -15,8 +15,8 @@ import torch
 
 from braindino import load_encoder
 from braindino.manifest import Scan
+from braindino.metrics_log import read_metrics
 from braindino.pretrain.checkpoint import checkpoint_folders, load_newest_checkpoint
-from braindino.pretrain.metrics import read_metrics
 from braindino.pretrain.train import main
 from braindino.slice_store import SliceStore, SliceStoreWriter
 

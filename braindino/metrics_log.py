@@ -1,4 +1,7 @@
-"""RUN/metrics.jsonl: one JSON object per logged iteration. `iteration` counts from 1, the first step of the run."""
+"""RUN/metrics.jsonl: one JSON object per logged iteration. Owner of the format (version 1).
+
+Every row has ``iteration``, counted from 1, ``loss`` and each of its terms.
+"""
 
 import json
 from pathlib import Path
