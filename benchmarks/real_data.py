@@ -7,7 +7,6 @@ commands.log; the numbers for the document are printed last and kept in results.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 from braindino.atomic import write_text
 from braindino.manifest import mask_path, read_scans
 from braindino.provenance import versions
+from braindino.segmentation_scores import format_mean, read_scores
 from braindino.splits import split_subjects, write_subjects
 from braindino.steps import Step, program, run_steps, verb
 from braindino.task_summary import read_task_summary
@@ -81,7 +81,7 @@ def build_steps(data: Path, out: Path) -> list[Step]:
         "nnUNet_raw": str(root / "raw"),
         "nnUNet_preprocessed": str(root / "preprocessed"),
         "nnUNet_n_proc_DA": "2",
-        "nnUNet_def_n_proc": "2",
+        "nnUNet_def_n_proc": "1",
     }
     raw = root / "raw" / DATASET
     steps += [
@@ -94,7 +94,7 @@ def build_steps(data: Path, out: Path) -> list[Step]:
         ),
         program(
             "Plan and preprocess",
-            "nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "2d", "-np", 2, "-npfp", 2, environment=folders,
+            "nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "2d", "-np", 1, "-npfp", 1, environment=folders,
         ),
     ]  # fmt: skip
     for name, encoder in zip(ENCODERS, (str(run / "encoder"), "untrained:vit_tiny"), strict=True):
@@ -176,13 +176,15 @@ def results(data: Path, out: Path, seconds: float) -> str:
             ours, given = load_mask(mask_path(out / "prepared", scan)), load_mask(Path(scan.path).with_name(reference))
             dice = 2 * np.count_nonzero(ours & given) / (np.count_nonzero(ours) + np.count_nonzero(given))
             lines.append(f"| `{Path(scan.path).name}` | {dice:.3f} | {scan.seconds:.0f} |")
-    scores = {name: json.loads((out / "nnunet" / name / "scores.json").read_text()) for name in ENCODERS}
-    lines += ["", "| Dice, 4 unseen brains | pretrained encoder | untrained encoder |", "|---|---|---|"]
-    for region in scores["pretrained"]["regions"]:
-        cells = [
-            f"{row['mean']:.3f} ± {row['sd']:.3f}" for row in (scores[name]["regions"][region] for name in ENCODERS)
-        ]
-        lines.append(f"| {region} | {cells[0]} | {cells[1]} |")
+    scores = {name: read_scores(out / "nnunet" / name / "scores.json").summary for name in ENCODERS}
+    lines += [
+        "",
+        "| Dice, 4 unseen brains | pretrained encoder | untrained encoder | floor: the whole brain |",
+        "|---|---|---|---|",
+    ]
+    for region, row in scores["pretrained"].items():
+        cells = [format_mean(scores[name][region].mean, scores[name][region].sd) for name in ENCODERS]
+        lines.append(f"| {region} | {cells[0]} | {cells[1]} | {row.floor:.3f} |")
     rows = read_task_summary(out / "eval" / "knn_sequence" / "summary.tsv")
     lines += ["", "| kNN, sequence | features | accuracy [95 %] | baseline |", "|---|---|---|---|"]
     lines += [

@@ -4,7 +4,6 @@ Every step is a program run on files; the commands are printed, and kept in ``co
 second run goes on where the first was stopped, because each program does.
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import tyro
 
+from braindino.segmentation_scores import format_mean, read_scores
 from braindino.steps import Step, program, run_steps, verb
 from braindino.task_summary import read_task_summary
 
@@ -118,17 +118,16 @@ def build_steps(out: Path, config: Demo) -> list[Step]:
 def results_table(out: Path) -> str:
     """Every result of the demo beside its baseline, and the pretrained encoder beside the same encoder untrained."""
     rows = [("", "pretrained", "untrained", "baseline", "")]
-    scores = {
-        name: json.loads((out / "nnunet" / name / "scores.json").read_text()) for name in ("pretrained", "untrained")
-    }
-    for region, row in scores["pretrained"]["regions"].items():
+    scores = {name: read_scores(out / "nnunet" / name / "scores.json").summary for name in ("pretrained", "untrained")}
+    for region, row in scores["pretrained"].items():
+        untrained = scores["untrained"][region]
         rows.append(
             (
                 f"Dice, {region}",
-                _mean_sd(row),
-                _mean_sd(scores["untrained"]["regions"][region]),
-                _number(row["baseline"]),
-                scores["pretrained"]["baseline"],
+                format_mean(row.mean, row.sd),
+                format_mean(untrained.mean, untrained.sd),
+                f"{row.floor:.3f}",
+                "the whole brain",
             )
         )
     for task in ("sequence", "brain_age", "knn_sequence"):
@@ -166,7 +165,7 @@ def _segmentation(out: Path, cohort: Path, held_out: Path, pretrained: Path) -> 
         "nnUNet_raw": str(root / "raw"),
         "nnUNet_preprocessed": str(root / "preprocessed"),
         "nnUNet_n_proc_DA": "2",
-        "nnUNet_def_n_proc": "2",
+        "nnUNet_def_n_proc": "1",
     }
     raw = root / "raw" / DATASET
     steps = [
@@ -177,7 +176,7 @@ def _segmentation(out: Path, cohort: Path, held_out: Path, pretrained: Path) -> 
         ),
         program(
             "Plan and preprocess",
-            "nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "2d", "-np", 2, "-npfp", 2, environment=folders,
+            "nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "2d", "-np", 1, "-npfp", 1, environment=folders,
         ),
     ]  # fmt: skip
     for name, encoder in {"pretrained": str(pretrained), "untrained": UNTRAINED}.items():
@@ -203,14 +202,5 @@ def _segmentation(out: Path, cohort: Path, held_out: Path, pretrained: Path) -> 
     return steps
 
 
-def _mean_sd(row: Mapping[str, float | None]) -> str:
-    return f"{_number(row['mean'])} ± {_number(row['sd'])}"
-
-
 def _interval(line: Mapping[str, str]) -> str:
     return f"{line['estimate']} [{line['low']}, {line['high']}]"
-
-
-def _number(value: float | None) -> str:
-    """Three decimals; a dash where nothing was defined."""
-    return "–" if value is None else f"{value:.3f}"

@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from braindino.manifest import SEQUENCES
+from braindino.segmentation_scores import write_scores
 from nnunet_braindino import _startup, convert, evaluate
 
 TRAINER = "nnUNetTrainerBrainDINOFrozen"
@@ -181,16 +182,17 @@ def _report_conversion(written: convert.Conversion, dataset_id: int) -> int:
 
 def _score(command: Score) -> int:
     out = command.out or command.predictions / "scores"
-    scores = evaluate.score_folder(command.predictions, command.references)
-    evaluate.write_scores(scores, out)
-    print(evaluate.format_summary(scores))
     images = command.images or _images_beside(command.references)
-    if images.is_dir():
+    with_images = images.is_dir()
+    scores = evaluate.score_folder(command.predictions, command.references, images=images if with_images else None)
+    write_scores(scores, out)
+    print(evaluate.format_summary(scores))
+    if with_images:
         evaluate.draw_overlay(
             command.predictions, command.references, images, out / "overlay.png", cases=evaluate.overlay_cases(scores)
         )
     else:
-        print(f"no overlay: there is no folder {images}; give it with --images")
+        print(f"no overlay and no floor: there is no folder {images}; give it with --images")
     print(f"written to {out}")
     return 0
 

@@ -4,36 +4,20 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
-from braindino.atomic import replace_file, write_json, write_text
+from braindino.atomic import replace_file
 from braindino.progress import track
+from braindino.segmentation_scores import RegionSummary, SegmentationScores
 from braindino.slices import axial_slices
 from braindino.volume import Volume, load_labels, load_volume
 
 FILE_ENDING = ".nii.gz"
 OVERLAY_CASES = 4
 TRUTH_COLOR, PREDICTION_COLOR = "#ffd400", "#e3342f"
-EMPTY_NOTE = "empty in both prediction and reference: no Dice, not counted in the mean"
 
 Regions = Mapping[str, tuple[int, ...]]
-
-
-class RegionSummary(NamedTuple):
-    """Over the cases where the Dice of a region is defined."""
-
-    mean: float
-    sd: float
-    """Standard deviation over cases (n - 1); NaN for fewer than two."""
-    num_cases: int
-
-
-class Scores(NamedTuple):
-    cases: dict[str, dict[str, float]]
-    """case -> region -> Dice; NaN where the region is empty in both."""
-    summary: dict[str, RegionSummary]
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
@@ -42,11 +26,16 @@ def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
     return 2 * int(np.count_nonzero(prediction & reference)) / size if size else math.nan
 
 
-def score_folder(predictions: Path, references: Path) -> Scores:
+def score_folder(predictions: Path, references: Path, *, images: Path | None = None) -> SegmentationScores:
     """Dice of every reference label map against the prediction of the same file name.
 
     Regions are read from the ``dataset.json`` that nnU-Net leaves beside the predictions, or from the one of the
     dataset that the references belong to.
+
+    Args:
+        predictions: folder of predicted label maps.
+        references: folder of reference label maps.
+        images: folder with nnU-Net's images; their non-zero voxels are the brain, which gives the trivial floor.
 
     Raises:
         ValueError: a prediction is missing or on another grid, or there is nothing to score.
@@ -58,22 +47,42 @@ def score_folder(predictions: Path, references: Path) -> Scores:
     missing = [path.name for path in paths if not (predictions / path.name).is_file()]
     if missing:
         raise ValueError(f"{predictions}: {len(missing)} of {len(paths)} cases have no prediction, e.g. {missing[0]}")
-    cases = {}
+    cases: dict[str, dict[str, float]] = {}
+    floors: dict[str, dict[str, float]] = {}
     for path in track(paths, desc="score"):
+        case = _case_name(path)
         prediction, reference = _load_pair(predictions / path.name, path)
-        cases[_case_name(path)] = {
-            name: dice(np.isin(prediction, values), np.isin(reference, values)) for name, values in regions.items()
-        }
-    summary = {name: summarize([case[name] for case in cases.values()]) for name in regions}
-    return Scores(cases, summary)
+        truth = {name: np.isin(reference, values) for name, values in regions.items()}
+        cases[case] = {name: dice(np.isin(prediction, regions[name]), mask) for name, mask in truth.items()}
+        if images is not None:
+            brain = np.any([load_volume(channel).data != 0 for channel in channel_files(images, case)], axis=0)
+            # Where a region is absent nothing is to be found, and the whole brain would score 0: not a fair floor.
+            floors[case] = {name: dice(brain, mask) if mask.any() else math.nan for name, mask in truth.items()}
+    summary = {
+        name: summarize([row[name] for row in cases.values()], floor=[row[name] for row in floors.values()])
+        for name in regions
+    }
+    return SegmentationScores(cases, summary)
 
 
-def summarize(values: Iterable[float]) -> RegionSummary:
-    """Mean and standard deviation of the values that are not NaN."""
-    defined = np.array([value for value in values if not math.isnan(value)])
+def summarize(values: Iterable[float], *, floor: Iterable[float] = ()) -> RegionSummary:
+    """Mean and standard deviation of the values that are not NaN, and the mean of the floor's."""
+    defined, floors = (np.array([v for v in numbers if not math.isnan(v)]) for numbers in (values, floor))
     mean = float(defined.mean()) if len(defined) else math.nan
     sd = float(defined.std(ddof=1)) if len(defined) > 1 else math.nan
-    return RegionSummary(mean, sd, len(defined))
+    return RegionSummary(mean, sd, len(defined), float(floors.mean()) if len(floors) else math.nan)
+
+
+def channel_files(images: Path, case: str) -> list[Path]:
+    """nnU-Net's images of a case, one file per channel, in their order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    paths = sorted(images.glob(f"{case}_[0-9][0-9][0-9][0-9]{FILE_ENDING}"))
+    if not paths:
+        raise ValueError(f"{images}: no image {case}_0000{FILE_ENDING}; expected nnU-Net's images of the scored cases")
+    return paths
 
 
 def read_regions(predictions: Path, references: Path) -> dict[str, tuple[int, ...]]:
@@ -90,34 +99,13 @@ def read_regions(predictions: Path, references: Path) -> dict[str, tuple[int, ..
     raise ValueError(f"no dataset.json at {candidates[0]} or {candidates[1]}; it says which labels make which region")
 
 
-def write_scores(scores: Scores, out_dir: Path) -> None:
-    """``scores.json`` (summary and cases, null where undefined) and ``scores.tsv`` (one row per case)."""
-    write_json(
-        out_dir / "scores.json",
-        {
-            "metric": "Dice",
-            "undefined": EMPTY_NOTE,
-            "regions": {
-                name: {"mean": _or_null(row.mean), "sd": _or_null(row.sd), "cases": row.num_cases}
-                for name, row in scores.summary.items()
-            },
-            "cases": {
-                case: {name: _or_null(value) for name, value in row.items()} for case, row in scores.cases.items()
-            },
-        },
-    )
-    names = list(scores.summary)
-    rows = [[case, *(_cell(row[name]) for name in names)] for case, row in scores.cases.items()]
-    lines = ["\t".join(row) for row in [["case", *names], *rows]]
-    write_text(out_dir / "scores.tsv", "\n".join(lines) + "\n")
-
-
-def format_summary(scores: Scores) -> str:
+def format_summary(scores: SegmentationScores) -> str:
     """A small table for the terminal."""
     width = max(len(name) for name in scores.summary)
-    lines = [f"{'region':<{width}}  Dice mean    SD  cases"]
+    lines = [f"{'region':<{width}}  Dice mean    SD  cases  whole brain"]
     lines += [
-        f"{name:<{width}}  {row.mean:9.3f} {row.sd:5.3f}  {row.num_cases:5d}" for name, row in scores.summary.items()
+        f"{name:<{width}}  {row.mean:9.3f} {row.sd:5.3f}  {row.num_cases:5d}  {row.floor:11.3f}"
+        for name, row in scores.summary.items()
     ]
     return "\n".join(lines)
 
@@ -143,7 +131,7 @@ def draw_overlay(predictions: Path, references: Path, images: Path, path: Path, 
     axes = figure.subplots(len(cases), len(regions), squeeze=False)
     for row, case in zip(axes, cases, strict=True):
         prediction, reference = _load_pair(predictions / f"{case}{FILE_ENDING}", references / f"{case}{FILE_ENDING}")
-        image = load_volume(sorted(images.glob(f"{case}_[0-9][0-9][0-9][0-9]{FILE_ENDING}"))[-1])
+        image = load_volume(channel_files(images, case)[-1])
         for axis, (name, values) in zip(row, regions.items(), strict=True):
             in_prediction, in_reference = np.isin(prediction, values), np.isin(reference, values)
             shown = in_reference if in_reference.any() else in_prediction
@@ -173,7 +161,7 @@ def draw_overlay(predictions: Path, references: Path, images: Path, path: Path, 
         figure.savefig(temporary, dpi=130, format="png", facecolor="black")
 
 
-def overlay_cases(scores: Scores, *, num: int = OVERLAY_CASES) -> list[str]:
+def overlay_cases(scores: SegmentationScores, *, num: int = OVERLAY_CASES) -> list[str]:
     """Case names spread from the lowest to the highest mean Dice, so that a picture of them is no choice of the
     best.
     """
@@ -199,10 +187,6 @@ def _case_name(path: Path) -> str:
 
 def _nan_last(value: float) -> float:
     return math.inf if math.isnan(value) else value
-
-
-def _or_null(value: float) -> Any:
-    return None if math.isnan(value) else value
 
 
 def _cell(value: float) -> str:

@@ -4,6 +4,7 @@ Every table and picture comes from files below the folder. No path read from a t
 behind the similarity maps, through ``braindino.manifest.load_brain``.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from braindino.provenance import versions
 from braindino.report import figures
 from braindino.report.markup import Html, details, drawing, element, figure, join, picture, table, tiles
 from braindino.report.records import numbers, read_json, read_tsv, read_yaml
+from braindino.segmentation_scores import format_mean, read_scores
 from braindino.task_summary import read_task_summary
 
 MAX_MONTAGES = 6
@@ -207,19 +209,23 @@ def segmentation_section(root: Path) -> Content:
     paths = sorted((root / "nnunet").rglob("scores.json"))
     if not paths:
         return Content(None, "No nnunet/**/scores.json here: no segmentation was scored in this folder.")
-    scores = {_predictions_name(root / "nnunet", path): _read_scores(path) for path in paths}
+    scores = {_predictions_name(root / "nnunet", path): read_scores(path) for path in paths}
     datasets: dict[tuple[str, ...], list[str]] = {}
     for name, score in scores.items():
-        datasets.setdefault(tuple(score["regions"]), []).append(name)
+        datasets.setdefault(tuple(score.summary), []).append(name)
     parts: list[object] = []
     for regions, names in datasets.items():
-        lines = [
-            [name, len(scores[name]["cases"]), *map(_mean_and_deviation, scores[name]["regions"].values())]
+        lines: list[list[object]] = [
+            [name, len(scores[name].cases), *(format_mean(row.mean, row.sd) for row in scores[name].summary.values())]
             for name in names
         ]
+        first = scores[names[0]]
+        if not all(math.isnan(row.floor) for row in first.summary.values()):
+            floors = [format_mean(row.floor, math.nan) for row in first.summary.values()]
+            lines.append(["floor: the whole brain", len(first.cases), *floors])
         caption = "Dice per region, mean over cases ± standard deviation; a region empty in both is not counted"
         of_case = {
-            name: {region: numbers(case.get(region) for case in scores[name]["cases"].values()) for region in regions}
+            name: {region: numbers(case[region] for case in scores[name].cases.values()) for region in regions}
             for name in names
         }
         parts += [
@@ -375,21 +381,6 @@ def _predictions_name(folder: Path, path: Path) -> str:
     """What was scored: the place of ``scores.json``, less a last ``scores``, which every folder of predictions has."""
     parts = path.parent.relative_to(folder).parts
     return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == "scores" else parts) or folder.name
-
-
-def _read_scores(path: Path) -> Mapping[str, Any]:
-    scores = read_json(path)
-    for key in ("regions", "cases"):
-        if not isinstance(scores.get(key), dict):
-            raise ValueError(f"{path}: no {key!r} in it; expected the file that `braindino nnunet score` writes")
-    return scores
-
-
-def _mean_and_deviation(region: Mapping[str, Any]) -> str:
-    """``0.812 ± 0.044``; without deviation for one case, a dash where no case has a Dice."""
-    if region["mean"] is None:
-        return "–"
-    return f"{region['mean']:.3f}" + ("" if region["sd"] is None else f" ± {region['sd']:.3f}")
 
 
 def _drawn(drawing_: Any, caption: str) -> Html:

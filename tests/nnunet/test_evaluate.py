@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from braindino.segmentation_scores import SegmentationScores, read_scores
 from braindino.volume import save_array
 from nnunet_braindino import cli, evaluate
 
@@ -57,8 +58,14 @@ def test_score_writes_tables_and_an_overlay(folders: tuple[Path, Path], tmp_path
     assert cli.main(["score", str(predictions), str(references)]) == 0
     out = predictions / "scores"
     written = json.loads((out / "scores.json").read_text())
-    assert written["regions"]["whole tumor"] == {"mean": 0.9, "sd": pytest.approx(0.141421, abs=1e-6), "cases": 2}
-    assert written["regions"]["enhancing tumor"] == {"mean": 0.0, "sd": None, "cases": 1}
+    assert written["regions"]["whole tumor"] == {
+        "mean": 0.9,
+        "sd": pytest.approx(0.141421, abs=1e-6),
+        "cases": 2,
+        # The image has 119 non-zero voxels: 2*2/(119+2) in case a; in case b one labelled voxel is the zero one.
+        "floor": pytest.approx((4 / 121 + 2 / 121) / 2),
+    }
+    assert written["regions"]["enhancing tumor"] == {"mean": 0.0, "sd": None, "cases": 1, "floor": None}
     assert written["cases"]["b"]["enhancing tumor"] is None
     assert "not counted" in written["undefined"]
     assert (out / "scores.tsv").read_text().splitlines() == [
@@ -66,13 +73,16 @@ def test_score_writes_tables_and_an_overlay(folders: tuple[Path, Path], tmp_path
         "a\t0.8000\t0.6667\t0.0000",
         "b\t1.0000\t1.0000\tn/a",
     ]
+    again = read_scores(out / "scores.json")
+    assert again.cases["a"] == pytest.approx({"whole tumor": 0.8, "tumor core": 2 / 3, "enhancing tumor": 0.0})
+    assert again.summary["whole tumor"].num_cases == 2 and math.isnan(again.summary["enhancing tumor"].floor)
     assert (out / "overlay.png").read_bytes().startswith(b"\x89PNG")
     assert "whole tumor" in capsys.readouterr().out
 
 
 def test_overlay_cases_range_from_worst_to_best():
     cases = {f"c{i}": {"r": i / 10} for i in range(9)} | {"empty": {"r": math.nan}}
-    scores = evaluate.Scores(cases, {"r": evaluate.summarize(row["r"] for row in cases.values())})
+    scores = SegmentationScores(cases, {"r": evaluate.summarize(row["r"] for row in cases.values())})
     assert evaluate.overlay_cases(scores, num=3) == ["c0", "c4", "empty"]
 
 

@@ -11,6 +11,7 @@ from matplotlib.image import imsave
 
 from braindino.manifest import Scan, write_scans
 from braindino.report.page import main
+from braindino.segmentation_scores import RegionSummary, SegmentationScores, write_scores
 from braindino.vision_transformer import vit_tiny
 from braindino.volume import save_array
 from braindino.weights import save_encoder
@@ -66,7 +67,7 @@ def project(tmp_path_factory) -> Path:
     write_cohort(root / "cohort")
     write_prepared(root)
     write_run(root / "pretrain")
-    write_scores(root / "nnunet" / "predictions" / "pretrained" / "scores")
+    write_segmentation(root / "nnunet" / "predictions" / "pretrained" / "scores")
     write_evaluation(root / "eval" / "sequence")
     (root / "commands.log").write_text("braindino simulate --out cohort && echo 'a < b'\n")
     assert main([str(root)]) == 0
@@ -234,12 +235,12 @@ def write_run(run: Path) -> None:
     save_encoder(vit_tiny(layer_scale_init=1e-5), run / "encoder", data_fingerprint="f00d")
 
 
-def write_scores(folder: Path) -> None:
+def write_segmentation(folder: Path) -> None:
     folder.mkdir(parents=True)
-    regions = {"WT": {"mean": 0.812, "sd": 0.044, "cases": 2}, "ET": {"mean": None, "sd": None, "cases": 0}}
-    cases = {"case_1": {"WT": 0.843, "ET": None}, "case_2": {"WT": 0.781, "ET": None}}
-    (folder / "scores.json").write_text(json.dumps({"metric": "Dice", "regions": regions, "cases": cases}))
-    (folder / "scores.tsv").write_text("case\tWT\tET\ncase_1\t0.8430\tn/a\ncase_2\t0.7810\tn/a\n")
+    nan = float("nan")
+    regions = {"WT": RegionSummary(0.812, 0.044, 2, 0.123), "ET": RegionSummary(nan, nan, 0, nan)}
+    cases = {"case_1": {"WT": 0.843, "ET": nan}, "case_2": {"WT": 0.781, "ET": nan}}
+    write_scores(SegmentationScores(cases, regions), folder)
     imsave(folder / "overlay.png", np.zeros((4, 4, 3)))
 
 
