@@ -97,7 +97,7 @@ def build_steps(data: Path, out: Path) -> list[Step]:
             "nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "2d", "-np", 1, "-npfp", 1, environment=folders,
         ),
     ]  # fmt: skip
-    for name, encoder in zip(ENCODERS, (str(run / "encoder"), "untrained:vit_tiny"), strict=True):
+    for name, encoder in zip(ENCODERS, (str(run / "encoder"), f"untrained:{run / 'encoder'}"), strict=True):
         # One results folder for each encoder: nnU-Net names folders by trainer, and both have the same.
         results_dir = {**folders, "nnUNet_results": str(root / name / "results")}
         predictions = root / name / "predictions"
@@ -117,7 +117,7 @@ def build_steps(data: Path, out: Path) -> list[Step]:
         ]  # fmt: skip
     features = out / "features"
     for name, encoder in {
-        **dict(zip(ENCODERS, (run / "encoder", "untrained:vit_tiny"), strict=True)),
+        **dict(zip(ENCODERS, (run / "encoder", f"untrained:{run / 'encoder'}"), strict=True)),
         "intensity": "intensity",
     }.items():
         steps.append(

@@ -18,7 +18,6 @@ from braindino.task_summary import read_task_summary
 DATASET_ID = 901
 DATASET = f"Dataset{DATASET_ID}_SimulatedTumors"
 TRAINER = "nnUNetTrainerBrainDINOFrozen_demo"
-UNTRAINED = "untrained:vit_tiny"
 NUM_SLICES = 32
 
 
@@ -77,7 +76,11 @@ def build_steps(out: Path, config: Demo) -> list[Step]:
     ]  # fmt: skip
     steps += _segmentation(out, cohort, held_out, run / "encoder")
     features = out / "features"
-    for name, encoder in {"pretrained": run / "encoder", "untrained": UNTRAINED, "intensity": "intensity"}.items():
+    for name, encoder in {
+        "pretrained": run / "encoder",
+        "untrained": f"untrained:{run / 'encoder'}",
+        "intensity": "intensity",
+    }.items():
         steps.append(
             verb(
                 f"Features: {name}",
@@ -179,7 +182,7 @@ def _segmentation(out: Path, cohort: Path, held_out: Path, pretrained: Path) -> 
             "nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "2d", "-np", 1, "-npfp", 1, environment=folders,
         ),
     ]  # fmt: skip
-    for name, encoder in {"pretrained": str(pretrained), "untrained": UNTRAINED}.items():
+    for name, encoder in {"pretrained": str(pretrained), "untrained": f"untrained:{pretrained}"}.items():
         # One results folder for each encoder: nnU-Net names folders by trainer, and both have the same.
         results = {**folders, "nnUNet_results": str(root / name / "results")}
         predictions = root / name / "predictions"

@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 from braindino.atomic import write_text
 
+# Threads that wait for each other sleep instead of spinning. On a free machine nothing changes; beside one other busy
+# process a training step took 2.3 s with this and 17 s without (two cores, benchmarks/RESULTS.md).
+THREADING = {"OMP_WAIT_POLICY": "PASSIVE"}
+
 
 class Step(NamedTuple):
     """One command, and the environment variables it needs beyond the user's own."""
@@ -57,7 +61,8 @@ def run_steps(steps: Iterable[Step], *, log_path: Path, headline: str) -> float:
     for number, step in enumerate(steps, start=1):
         began = time.monotonic()
         print(f"\n[{began - start:4.0f} s] {number}. {step.title}\n    {step}", flush=True)
-        code = subprocess.run(step.command, env={**os.environ, **step.environment}, check=False).returncode
+        environment = {**THREADING, **os.environ, **step.environment}
+        code = subprocess.run(step.command, env=environment, check=False).returncode
         if code not in step.allowed:
             raise ValueError(
                 f"step {number} ({step.title}) ended with code {code}; its messages are above. Run again to go on"

@@ -107,8 +107,9 @@ def load_encoder(path_or_name: str | Path, *, device: str | torch.device = "cpu"
 
     ``path_or_name``: a folder or file written by ``save_encoder``; a teacher file ({"teacher": {"backbone.*"}});
     DINOv3 weights in the official, timm or Hugging Face layout (a folder with ``config.json``, or the file); or
-    "untrained:vit_base" and so on, random weights of seed 0. For foreign files the architecture is read off the
-    shapes, with LayerNorm eps 1e-6 for teacher files and for flat ones without qkv bias (DINOv3's training style),
+    "untrained:vit_base" and so on, random weights of seed 0; or "untrained:PATH", random weights of the architecture
+    of the encoder at PATH. For foreign files the architecture is read off the shapes, with LayerNorm eps 1e-6 for
+    teacher files and for flat ones without qkv bias (DINOv3's training style),
     otherwise 1e-5 unless a ``config.json`` says more.
 
     Raises ValueError naming file, key, expected and found for an unknown, missing, misshapen or non-finite tensor,
@@ -217,14 +218,25 @@ _RENAMES: dict[str, dict[str, str]] = {
 
 
 def _build_untrained(name: str) -> VisionTransformer:
-    if name not in ARCHITECTURES:
+    """Random weights of an architecture: one with a name, or that of the encoder at a path."""
+    if name in ARCHITECTURES:
+        architecture, label = {}, name
+        build = ARCHITECTURES[name]
+    elif Path(name).exists():
+        like = _load_file(_find_file(Path(name)))
+        architecture, label = like.architecture, f"like-{like.name}"
+        build = VisionTransformer
+    else:
         choices = ", ".join(UNTRAINED_PREFIX + known for known in ARCHITECTURES)
-        raise ValueError(f"no architecture {name!r} for {UNTRAINED_PREFIX + name!r}; choose one of {choices}")
+        raise ValueError(
+            f"no architecture {name!r} for {UNTRAINED_PREFIX + name!r}; choose one of {choices}, "
+            f"or {UNTRAINED_PREFIX}PATH for the architecture of the encoder at PATH"
+        )
     # The constructor draws too; the caller's global generator must not notice.
     with torch.random.fork_rng(devices=[]):
-        encoder = ARCHITECTURES[name]()
+        encoder = build(**architecture)
     encoder.initialize(torch.Generator().manual_seed(UNTRAINED_SEED))
-    encoder.name = f"untrained-{name}"
+    encoder.name = f"untrained-{label}"
     encoder.sha256 = hash_weights(encoder.state_dict())
     encoder.contract = InputContract()
     return encoder

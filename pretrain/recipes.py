@@ -46,21 +46,33 @@ DEBUG = PretrainConfig(
 
 DEMO = PretrainConfig(
     out=Path("demo/pretrain"),
-    iterations=300,
+    iterations=200,
     batch_size=16,
     checkpoint_every=50,
     log_every=2,
     num_workers=0,
+    # Two hundred iterations are too few for layer scales to grow from 1e-5 and for prototypes to lengthen: branches
+    # start at full strength, and the student's temperature is a fifth of the paper's.
     model=ModelConfig(
-        architecture="vit_tiny", drop_path=0.0, num_prototypes=1024, head_hidden_dim=512, head_bottleneck_dim=64
+        architecture="vit_tiny",
+        layer_scale_init=1.0,
+        drop_path=0.0,
+        num_prototypes=256,
+        head_hidden_dim=512,
+        head_bottleneck_dim=64,
     ),
-    crops=CropConfig(global_sizes=(96,), local_sizes=(48,), num_local=4),
-    loss=LossConfig(teacher_temperature_iterations=100),
+    # Small crops of small boxes: few tokens, and structures about as large as in the whole slices encoded later.
+    crops=CropConfig(
+        global_sizes=(96,), local_sizes=(48,), num_local=4, global_scale=(0.14, 0.7), local_scale=(0.03, 0.14)
+    ),
+    loss=LossConfig(student_temperature=0.02, teacher_temperature=(0.01, 0.01), teacher_temperature_iterations=0),
     optimizer=OptimizerConfig(
-        base_lr=1e-3,
+        base_lr=5e-4,
         lr_scaling="none",
-        warmup_iterations=30,
-        last_layer_freeze_iterations=10,
+        warmup_iterations=20,
+        layer_decay=1.0,
+        patch_embed_lr_multiplier=1.0,
+        last_layer_freeze_iterations=0,
         teacher_momentum=0.98,
     ),
 )

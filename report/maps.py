@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from braindino.manifest import Scan, load_brain, read_scans
 from braindino.report import figures, similarity
@@ -12,7 +11,7 @@ from braindino.report.markup import Html, drawing, element, figure, picture
 from braindino.report.sections import Content, make_content
 from braindino.slices import axial_slices
 from braindino.transforms import standardize
-from braindino.vision_transformer import ARCHITECTURES, VisionTransformer
+from braindino.vision_transformer import VisionTransformer
 from braindino.volume import load_labels
 from braindino.weights import ENCODER_FILE, UNTRAINED_PREFIX, load_encoder
 
@@ -44,9 +43,7 @@ def maps_section(root: Path) -> Content:
     image = axial_slices(cube, [index])[0]
 
     pretrained = load_encoder(weights.parent)
-    encoders = {"pretrained": pretrained}
-    if (name := _architecture_name(pretrained)) is not None:
-        encoders["untrained"] = load_encoder(UNTRAINED_PREFIX + name)
+    encoders = {"pretrained": pretrained, "untrained": load_encoder(f"{UNTRAINED_PREFIX}{weights.parent}")}
     points = similarity.reference_points(image, pretrained.patch_size, tumour)
     cells = _map_cells(image, points, encoders, names=_point_names(points, scan.sequence))
     grid = element("div", *cells, class_="maps", style=f"grid-template-columns: 6.5rem repeat({len(points) + 1}, 1fr)")
@@ -133,10 +130,3 @@ def _point_names(points: Sequence[similarity.ReferencePoint], sequence: str) -> 
         else {}
     )
     return [tissue.get(point.name, point.name) for point in points]
-
-
-def _architecture_name(encoder: VisionTransformer) -> str | None:
-    """The name of the encoder's architecture; None for one that has no name."""
-    with torch.device("meta"):  # shapes without memory
-        known = {name: build().architecture for name, build in ARCHITECTURES.items()}
-    return next((name for name, architecture in known.items() if architecture == encoder.architecture), None)

@@ -533,5 +533,15 @@ def test_untrained_encoders_are_the_same_every_time_and_leave_the_global_generat
     assert first.sha256 == second.sha256 == hash_weights(first.state_dict())
     assert (first.name, first.contract, first.embed_dim) == ("untrained-vit_tiny", InputContract(), 192)
     assert not first.training
-    with pytest.raises(ValueError, match=r"no architecture 'vit_huge' .* untrained:vit_tiny, untrained:vit_small"):
+    with pytest.raises(ValueError, match=r"no architecture 'vit_huge' .* untrained:vit_tiny, .* or untrained:PATH"):
         load_encoder("untrained:vit_huge")
+
+
+def test_an_untrained_encoder_can_be_like_the_one_in_a_file(tmp_path):
+    trained = VisionTransformer(embed_dim=64, depth=2, num_heads=1, layer_scale_init=0.5)
+    save_encoder(trained, tmp_path / "encoder")
+    like = load_encoder(f"untrained:{tmp_path / 'encoder'}")
+    assert like.architecture == trained.architecture
+    assert (like.blocks[1].ls1.gamma == 0.5).all()
+    assert not torch.equal(like.blocks[0].attn.qkv.weight, trained.blocks[0].attn.qkv.weight)
+    assert like.sha256 == load_encoder(f"untrained:{tmp_path / 'encoder'}").sha256
