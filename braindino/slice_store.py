@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import blosc2
 import numpy as np
-import torch
 
 from braindino.atomic import replace_file, write_json
 from braindino.manifest import Scan, read_scans, write_scans
@@ -34,6 +33,8 @@ SLICE_SHAPE = (256, 256)
 MAX_OPEN_FILES = 256
 
 _MAGIC = b"BDSLICES"
+# All 65,536 values of float16: looking them up is twice as fast as NumPy's conversion, and needs no threads as torch's.
+_FLOAT_OF_HALF = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
 _SLICE_RECORD = np.dtype([("slice_index", "<i4"), ("length", "<u4"), ("offset", "<u8"), ("crc32", "<u4")])
 _PREFIX_BYTES = len(_MAGIC) + 8
 
@@ -195,8 +196,7 @@ class SliceStore:
             IndexError: outside the store.
             StoreError: the bytes on disk are not those that were written; names the scan and the slice.
         """
-        # torch converts with vector instructions, NumPy element by element.
-        return torch.from_numpy(self.read_float16(index)).float().numpy()
+        return np.take(_FLOAT_OF_HALF, self.read_float16(index).view(np.uint16))
 
     def read_float16(self, index: int) -> np.ndarray:
         """(256, 256) float16: the slice exactly as stored, for loaders that convert on the device."""
@@ -211,7 +211,9 @@ class SliceStore:
                 f"{self.store_dir}: slice {index} (position {record['slice_index']} of {self.scan_of(index).path}) "
                 "is damaged on disk; prepare that scan again"
             )
-        return np.frombuffer(blosc2.decompress2(chunk), dtype=np.float16).reshape(SLICE_SHAPE).copy()
+        # One thread: a pool of them would be gone, and waited for, in a forked reader.
+        raw = blosc2.decompress2(chunk, nthreads=1)
+        return np.frombuffer(raw, dtype=np.float16).reshape(SLICE_SHAPE).copy()
 
     def scan_of(self, index: int) -> Scan:
         """The scan that slice ``index`` was taken from."""
