@@ -18,7 +18,7 @@ from braindino.task_summary import read_task_summary
 DATASET_ID = 901
 DATASET = f"Dataset{DATASET_ID}_SimulatedTumors"
 TRAINER = "nnUNetTrainerBrainDINOFrozen_demo"
-NUM_SLICES = 32
+NUM_SLICES = 8
 
 
 @dataclass(frozen=True, kw_only=True)

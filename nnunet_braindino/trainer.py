@@ -160,12 +160,12 @@ class nnUNetTrainerBrainDINOFrozen_10epochs(nnUNetTrainerBrainDINOFrozen):  # no
 
 
 class nnUNetTrainerBrainDINOFrozen_demo(nnUNetTrainerBrainDINOFrozen_10epochs):  # noqa: N801
-    """A minute or two on two CPU cores with ViT tiny, for the simulated cohort: 6 epochs of 25 iterations.
+    """A minute or two on two CPU cores with ViT tiny, for the simulated cohort: 4 epochs of 25 iterations.
 
     The final validation of the fold is left out: the demonstration scores subjects that were held out altogether.
     """
 
-    epochs = 6
+    epochs = 4
     validation_iterations = 2
     patch_size = (160, 128)
 
