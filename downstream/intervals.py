@@ -31,7 +31,7 @@ class Estimate:
 
 def bootstrap_interval(
     statistic: Statistic,
-    subjects: Sequence[str],
+    subjects: Sequence[str] | np.ndarray,
     *,
     iterations: int = ITERATIONS,
     seed: int = BOOTSTRAP_SEED,

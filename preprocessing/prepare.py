@@ -73,7 +73,7 @@ def prepare(options: PrepareOptions) -> int:
             cases.write_table()
             store = _publish(cases)
         pages = draw_montages(options.out / "montages", store, cases.rows())
-    rows = [case.scan for scan in [*scans, *skipped] if (case := cases.of(scan.path)) is not None]
+    rows = [known.scan for scan in [*scans, *skipped] if (known := cases.of(scan.path)) is not None]
     _print_summary(rows, num_new=len(todo), out_dir=options.out, pages=pages)
     return EXIT_QUARANTINED if any(row.status == "quarantined" for row in rows) else EXIT_DONE
 

@@ -67,13 +67,13 @@ DEMO = PretrainConfig(
     ),
     loss=LossConfig(student_temperature=0.02, teacher_temperature=(0.01, 0.01), teacher_temperature_iterations=0),
     optimizer=OptimizerConfig(
-        base_lr=5e-4,
+        base_lr=1.5e-3,
         lr_scaling="none",
         warmup_iterations=20,
         layer_decay=1.0,
         patch_embed_lr_multiplier=1.0,
         last_layer_freeze_iterations=0,
-        teacher_momentum=0.98,
+        teacher_momentum=0.97,
     ),
 )
 
