@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/braindino demo --out $(DEMO)
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or gpu"
