@@ -6,13 +6,14 @@ are axial with row 0 anterior and column 0 on the patient's right: the orientati
 ``braindino.slices.axial_slices``.
 """
 
+import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -147,6 +148,7 @@ def write_dataset(
 ) -> Conversion:
     """Write ``nnUNet_raw/DatasetNNN_NAME``: images and labels in LPS, ``dataset.json``, and ``splits_final.json``.
 
+    A finished dataset of the same cases, channels and labels is left as it is; one that was cut short is finished.
     The folds are by subject; nnU-Net's planner copies them beside the preprocessed data. Cases of ``test_subjects``
     go to imagesTs and labelsTs, which nnU-Net never trains on.
 
@@ -159,16 +161,20 @@ def write_dataset(
         test_subjects: ``cohort/subject`` keys.
 
     Raises:
-        ValueError: the folder exists with other cases in it, images and labels of a case are on different grids, a
+        ValueError: the folder holds another finished dataset, images and labels of a case are on different grids, a
             label value is not declared, or fewer than two subjects are left to train on.
     """
     folder = raw_dir() / dataset_name(dataset_id, name)
-    if folder.exists():
-        raise ValueError(f"{folder} exists; remove it or choose another --dataset-id or --name")
     held_out = set(test_subjects)
     training = [case for case in cases if case.subject not in held_out]
     test = [case for case in cases if case.subject in held_out]
     splits = subject_folds({case.name: case.subject for case in training})
+    description = _description(channels, labels, len(training))
+    converted = Conversion(folder, len(training), len(test))
+    if (folder / "dataset.json").exists():
+        if not _holds(folder, description, splits, training=training, test=test):
+            raise ValueError(f"{folder} holds another dataset; remove it or choose another --dataset-id or --name")
+        return converted
 
     allowed = {0, *_values(labels)}
     for part, part_cases in (("Tr", training), ("Ts", test)):
@@ -176,8 +182,20 @@ def write_dataset(
             _write_case(case, folder / f"images{part}", folder / f"labels{part}", allowed)
     write_json(folder / "splits_final.json", splits)
     # Written last: a folder with a dataset.json is a finished one.
-    write_json(folder / "dataset.json", _description(channels, labels, len(training)))
-    return Conversion(folder, len(training), len(test))
+    write_json(folder / "dataset.json", description)
+    return converted
+
+
+def _holds(
+    folder: Path, description: dict[str, Any], splits: list[dict[str, list[str]]], *, training: list, test: list
+) -> bool:
+    """Whether the finished dataset in ``folder`` is the one that these cases would make."""
+    written = [json.loads((folder / name).read_text("utf-8")) for name in ("dataset.json", "splits_final.json")]
+    names = [{path.name for path in (folder / part).glob("*.nii.gz")} for part in ("labelsTr", "labelsTs")]
+    expected = [{f"{case.name}.nii.gz" for case in cases} for cases in (training, test)]
+    # The order of the labels is that of the network's outputs, so it counts.
+    same_order = list(written[0]["labels"]) == list(description["labels"])
+    return written == [json.loads(json.dumps(description)), splits] and same_order and names == expected
 
 
 def subject_folds(subject_of: Mapping[str, str]) -> list[dict[str, list[str]]]:

@@ -175,10 +175,28 @@ def test_a_test_list_for_another_cohort_is_refused(cohort: Path, tmp_path: Path,
     assert convert_bids(cohort, "--test-subjects", str(held_out), "--cohort", "brats") == 0
 
 
-def test_an_existing_dataset_is_not_overwritten(cohort: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_second_conversion_leaves_a_finished_dataset_as_it_is(cohort: Path, tmp_path: Path):
     assert convert_bids(cohort) == 0
-    assert convert_bids(cohort) == 1
-    assert "Dataset007_Tumor exists" in capsys.readouterr().err
+    folder = next(tmp_path.rglob("Dataset007_Tumor"))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert convert_bids(cohort) == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_conversion_that_was_cut_short_is_finished(cohort: Path, tmp_path: Path):
+    assert convert_bids(cohort) == 0
+    folder = next(tmp_path.rglob("Dataset007_Tumor"))
+    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (folder / "dataset.json").unlink()
+    next((folder / "imagesTr").glob("*.nii.gz")).unlink()
+    assert convert_bids(cohort) == 0
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
+
+
+def test_another_dataset_is_not_overwritten(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert convert_bids(cohort) == 0
+    assert convert_bids(cohort, "--sequences", "T1", "T2") == 1
+    assert "Dataset007_Tumor holds another dataset" in capsys.readouterr().err
 
 
 def test_folds_need_two_subjects_and_use_no_more_than_there_are():
