@@ -1,4 +1,4 @@
-"""One row per input file: what it is, what became of it, and why. Owner of the ``scans.tsv`` format (version 1)."""
+"""One row per input file: what it is, what became of it, and why. Owner of the ``scans.tsv`` format (version 2)."""
 
 import csv
 import hashlib
@@ -30,6 +30,11 @@ class Scan:
         reason: why it was not used, ``code: message``; for a done scan, what was mended on the way.
         num_slices: slices that went into the store.
         seconds: time it took.
+        source: what ``path`` was converted from (a DICOM series folder, an HDF5 or Analyze file), absolute; empty where
+            the file is read as it came.
+        content_hash: the scan's voxels, whatever the file is called and however it is stored, see
+            :mod:`braindino.fingerprint`; empty where they were not read.
+        appearance_hash: what its brain looks like, for finding near-duplicates; empty where there is no brain.
     """
 
     path: str
@@ -41,6 +46,9 @@ class Scan:
     reason: str = ""
     num_slices: int = 0
     seconds: float = 0.0
+    source: str = ""
+    content_hash: str = ""
+    appearance_hash: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -99,11 +107,11 @@ def write_scans(path: str | Path, scans: list[Scan]) -> None:
     writer.writerow(COLUMNS)
     for scan in scans:
         row = [getattr(scan, name) for name in COLUMNS]
-        row[-1] = f"{scan.seconds:.3f}"
+        row[COLUMNS.index("seconds")] = f"{scan.seconds:.3f}"
         # A tab or line break inside a message would need quoting, which few TSV readers expect.
         writer.writerow(
             [
-                " ".join(cell.split()) if isinstance(cell, str) and name != "path" else cell
+                " ".join(cell.split()) if isinstance(cell, str) and name not in ("path", "source") else cell
                 for name, cell in zip(COLUMNS, row, strict=True)
             ]
         )

@@ -13,7 +13,8 @@ SCAN = Scan(path="/raw/a b/sub-1_T1w.nii.gz", cohort="ixi", subject="1", session
 
 
 def test_the_columns_are_those_that_others_script_against() -> None:
-    assert " ".join(COLUMNS) == "path cohort subject session sequence status reason num_slices seconds"
+    first = "path cohort subject session sequence status reason num_slices seconds"
+    assert " ".join(COLUMNS) == f"{first} source content_hash appearance_hash"
 
 
 def test_rows_survive_a_round_trip(tmp_path: Path) -> None:

@@ -1,0 +1,95 @@
+"""What was measured on each scan while it was prepared. Owner of ``quality.tsv`` (version 1).
+
+The table stands beside ``scans.tsv`` and has one row for every scan that could be read, quarantined ones included;
+``scan_id`` joins the two.
+"""
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from braindino.atomic import write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanQuality:
+    """Geometry, intensities and, where a brain mask was made here, what the quality gate saw. None: not measured.
+
+    Attributes:
+        scan_id: of the row in ``scans.tsv``.
+        shape: voxels along right, anterior, superior, as ``182x218x182``.
+        spacing: mm along the same axes, as ``1.000x1.000x1.000``.
+        obliqueness: degrees between the scan's axes and the nearest anatomical ones.
+        p01, median, p99: percentiles of the raw intensity of the voxels that are not 0.
+        foreground: share of the voxels that are not 0, before any stripping.
+        stripped_by: ``hd-bet``, ``hd-bet-offline``, ``already`` (came stripped) or ``none`` (nobody was asked).
+        brain_ml: volume of the brain mask.
+        components: connected parts of the mask as the model made it.
+        largest_component: share of the mask's voxels in its largest part.
+        border: share of the mask's voxels on the faces of the field of view.
+        agreement: Dice of the mask with a quick second opinion.
+    """
+
+    scan_id: str
+    shape: str
+    spacing: str
+    obliqueness: float
+    p01: float
+    median: float
+    p99: float
+    foreground: float
+    stripped_by: str = "none"
+    brain_ml: float | None = None
+    components: int | None = None
+    largest_component: float | None = None
+    border: float | None = None
+    agreement: float | None = None
+
+
+COLUMNS = tuple(field.name for field in fields(ScanQuality))
+_TEXTS = ("scan_id", "shape", "spacing", "stripped_by")
+
+
+def read_quality(path: str | Path) -> list[ScanQuality]:
+    """The rows of a ``quality.tsv``.
+
+    Raises:
+        ValueError: a column is missing or a number is not one; names the file and the line.
+    """
+    with Path(path).open(newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle, delimiter="\t")
+        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(
+                f"{path}: columns {missing} are missing; found {reader.fieldnames}, expected {list(COLUMNS)}"
+            )
+        rows = []
+        for row in reader:
+            try:
+                rows.append(ScanQuality(**{name: _parse(name, row[name]) for name in COLUMNS}))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+        return rows
+
+
+def write_quality(path: str | Path, rows: Iterable[ScanQuality]) -> None:
+    """Write ``quality.tsv`` atomically, in the order given."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, delimiter="\t", lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        cells = (getattr(row, name) for name in COLUMNS)
+        writer.writerow(
+            ["n/a" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells]
+        )
+    write_text(path, buffer.getvalue())
+
+
+def _parse(name: str, cell: str) -> str | float | int | None:
+    if name in _TEXTS:
+        return cell
+    if cell == "n/a":
+        return None
+    return int(cell) if name == "components" else float(cell)
