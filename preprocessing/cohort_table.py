@@ -40,7 +40,7 @@ class IdRule:
         pad: digits to which it is filled up with zeros from the left.
         prefix: put before it.
         case: ``upper`` or ``lower``; empty leaves it.
-        date: ``strptime`` format of a date; the identifier is then the ISO date.
+        date: ``strptime`` formats of a date, in the order they are tried; the identifier is then the ISO date.
         optional: text that ``pattern`` does not match gives an empty identifier instead of an error.
     """
 
@@ -48,7 +48,7 @@ class IdRule:
     pad: int = 0
     prefix: str = ""
     case: str = ""
-    date: str = ""
+    date: tuple[str, ...] = ()
     optional: bool = False
 
     def read(self, text: str) -> str:
@@ -70,12 +70,23 @@ class IdRule:
                 return ""
             raise ValueError("found nothing; expected an identifier")
         if self.date:
-            try:
-                text = datetime.strptime(text, self.date).date().isoformat()
-            except ValueError as error:
-                raise ValueError(f"found {text!r}; expected a date as {self.date}") from error
+            text = iso_date(text, self.date)
         text = self.prefix + text.zfill(self.pad)
         return text.upper() if self.case == "upper" else text.lower() if self.case == "lower" else text
+
+
+def iso_date(text: str, formats: Sequence[str]) -> str:
+    """The day that ``text`` names in one of ``formats``, as ``YYYY-MM-DD``; ISO dates are always understood.
+
+    Raises:
+        ValueError: it names none.
+    """
+    for form in ("%Y-%m-%d", "%Y-%m-%d %H:%M:%S", *formats):
+        try:
+            return datetime.strptime(text, form).date().isoformat()
+        except ValueError:
+            continue
+    raise ValueError(f"found {text!r}; expected a date as {' or '.join(formats)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +94,14 @@ class KeyColumn:
     """Where a label table says whom a row is about.
 
     Attributes:
-        column: its name in the table; empty where ``constant`` says it.
+        column: its names in the releases of the table, the first that is there counts; none where ``constant`` says it.
         rule: how the identifier is made from the cell; the result is what the files' subject or session is called.
         constant: the same for every row of the table.
         within_days: for sessions that are ISO dates: the row also stands for the sessions of other tables that are
             at most so many days away, the nearest row for each; 0 takes the date as it is.
     """
 
-    column: str = ""
+    column: tuple[str, ...] = ()
     rule: IdRule = IdRule()
     constant: str = ""
     within_days: int = 0
@@ -168,12 +179,14 @@ class LabelColumn:
 
     Attributes:
         name: with its unit where it has one: ``age_years``, ``sex``, ``os_days``.
-        column: in the published table; empty for derived ones.
+        column: its names in the releases of the published table, the first that is there counts; none for derived ones.
+        optional: whether a release may lack it.
         kind: ``text``, ``number`` or ``date``.
-        values: published cell -> what is written. Cells that are none of them are errors; empty: any.
+        values: published cell -> what is written; without any, cells are written as they are.
+        otherwise: what is written for cells that ``values`` does not name; without it, such cells are told and missing.
         missing: cells that stand for no value, besides empty ones.
         factor: a number is multiplied by it: the change of unit.
-        date: ``strptime`` format of a date.
+        date: ``strptime`` formats of a date, in the order they are tried.
         derive: ``first_of`` (``columns``: the first that is there), ``years_between`` (``start``, ``end``: dates, in
             years of 365.25 days) or ``event_within`` (``time`` in days, ``event`` 0/1, ``days``: 1 for an event by
             then, 0 for a longer time, missing if followed for less). Its arguments name columns further up.
@@ -182,12 +195,14 @@ class LabelColumn:
     """
 
     name: str
-    column: str = ""
+    column: tuple[str, ...] = ()
+    optional: bool = False
     kind: str = "text"
     values: tuple[tuple[str, str], ...] = ()
+    otherwise: str = ""
     missing: tuple[str, ...] = ()
     factor: float = 1.0
-    date: str = ""
+    date: tuple[str, ...] = ()
     derive: str = ""
     arguments: tuple[tuple[str, Any], ...] = ()
     write: bool = True
@@ -219,7 +234,7 @@ class LabelTable:
 
 @dataclass(frozen=True, kw_only=True)
 class CohortRow:
-    """One dataset.
+    """One dataset. A file may begin with ``extends: NAME``: it then changes single keys of that row.
 
     Attributes:
         name: lower-case letters, digits and hyphens; the cohort of its scans.
@@ -229,6 +244,8 @@ class CohortRow:
         numbers: what the paper counts, in words -> number.
         reader: ``bids``, ``template``, ``loni``, ``dicom`` or ``fastmri``; empty for a row of ``members``.
         members: rows that make up this one; each file goes to the first that knows it.
+        known_by: for a part of another row: pattern searched in the whole path, which tells its images and tables from
+            those of the other parts.
         layout: the published folders, for messages and readers.
         sequences: the sequences it is taken for; scans of others are left.
         patterns: regular expressions that match the end of a path (with ``/``, in any case), with the groups
@@ -256,6 +273,7 @@ class CohortRow:
     numbers: tuple[tuple[str, int | str], ...] = ()
     reader: str = ""
     members: tuple[str, ...] = ()
+    known_by: re.Pattern[str] | None = None
     layout: str = ""
     sequences: tuple[str, ...] = SEQUENCES
     patterns: tuple[re.Pattern[str], ...] = ()
@@ -307,13 +325,10 @@ def _read_packaged_row(path: Path) -> CohortRow:
 
 
 def _read_row(path: Path) -> CohortRow:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a YAML file with a cohort") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+    content = _read_yaml(path)
     row = _Mapping(content, str(path), "the file")
+    if row.has("extends"):
+        row.content = {**_packaged_content(row.text("extends")), **row.content}
     members, reader = row.texts("members"), row.choice("reader", ("", *READERS))
     if bool(members) == bool(reader):
         raise row.error(f"found reader {reader!r} and members {list(members)}; expected one of the two")
@@ -325,6 +340,7 @@ def _read_row(path: Path) -> CohortRow:
         numbers=row.pairs("numbers"),
         reader=reader,
         members=members,
+        known_by=row.regex("known_by"),
         layout=row.text("layout"),
         sequences=row.choices("sequences", SEQUENCES) or SEQUENCES,
         patterns=_patterns(row),
@@ -345,6 +361,8 @@ def _read_row(path: Path) -> CohortRow:
         path=str(path),
     )  # fmt: skip
     row.finish()
+    if result.reader == "bids" and result.patterns:
+        raise row.error("reader 'bids' takes no patterns: names say everything")
     if result.reader == "template" and not result.patterns:
         raise row.error("reader 'template' needs patterns")
     if result.reader == "template" and len(result.sequences) > 1:
@@ -358,6 +376,22 @@ def _read_row(path: Path) -> CohortRow:
         if load_cohort(member).reader not in READERS_OF_MEMBERS:
             raise row.error(f"member {member!r} is read by {load_cohort(member).reader!r}; expected bids or template")
     return result
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a YAML file with a cohort") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+
+
+def _packaged_content(name: str) -> dict[str, Any]:
+    """What a row that comes with the program says, to be changed by one that extends it."""
+    path = Path(load_cohort(name).path)
+    # What the row is to the paper does not pass on to its variants.
+    return {key: value for key, value in _read_yaml(path).items() if key not in ("roles", "numbers")}
 
 
 def _patterns(row: "_Mapping") -> tuple[re.Pattern[str], ...]:
@@ -386,14 +420,14 @@ def _unfinished_id_rule(item: "_Mapping") -> IdRule:
         pad=item.whole_number("pad"),
         prefix=item.text("prefix"),
         case=item.choice("case", ("", "upper", "lower")),
-        date=item.text("date"),
+        date=item.texts("date"),
         optional=item.flag("optional", False),
     )
 
 
 def _key_column(item: "_Mapping") -> KeyColumn:
     key = KeyColumn(
-        column=item.text("column"),
+        column=item.texts("column"),
         rule=_unfinished_id_rule(item),
         constant=item.text("constant"),
         within_days=item.whole_number("within_days"),
@@ -401,6 +435,8 @@ def _key_column(item: "_Mapping") -> KeyColumn:
     item.finish()
     if bool(key.column) == bool(key.constant):
         raise item.error("expected either column or constant")
+    if key.within_days and not key.rule.date:
+        raise item.error("within_days needs the format of the dates as date")
     return key
 
 
@@ -471,12 +507,14 @@ def _label_column(name: str, item: "_Mapping") -> LabelColumn:
     wanted = DERIVATIONS.get(derive, ())
     column = LabelColumn(
         name=name,
-        column=item.text("column"),
+        column=item.texts("column"),
+        optional=item.flag("optional", False),
         kind=item.choice("kind", KINDS_OF_COLUMN),
         values=tuple((key, str(value)) for key, value in item.pairs("values")),
+        otherwise=item.text("otherwise"),
         missing=item.texts("missing"),
         factor=item.number("factor", 1.0),
-        date=item.text("date"),
+        date=item.texts("date"),
         derive=derive,
         arguments=tuple(
             (key, item.texts(key) if key == "columns" else item.whole_number(key) if key == "days" else item.text(key))

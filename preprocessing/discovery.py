@@ -10,17 +10,15 @@ import importlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from braindino.manifest import Scan
 from braindino.preprocessing.cohort_table import CohortRow, Repeats, load_cohort
+from braindino.preprocessing.conversion import Conversion, converted_name
 from braindino.preprocessing.naming import NameFacts, is_nifti_name, read_name
-
-if TYPE_CHECKING:
-    from braindino.preprocessing.conversion import Conversion
 
 # Each module has read_candidates(folders, *, cohort, out_dir) -> list[Candidate]: one for each file or series in the
 # folders that looks like an image. Repeats, unwanted sequences and namesakes are settled here, for all of them.
@@ -49,7 +47,7 @@ class Candidate:
     """
 
     scan: Scan
-    conversion: "Conversion | None" = None
+    conversion: Conversion | None = None
     description: str = ""
 
     @property
@@ -145,6 +143,57 @@ def walk_sources(sources: Iterable[str], *, exclude_dir: Path) -> list[SourceFol
     return [SourceFolder(path, root, tuple(sorted(names))) for path, (root, names) in sorted(found.items())]
 
 
+def describe(path: str, found: Mapping[str, str | None], *, cohort: CohortRow, sequence: str, reason: str) -> Candidate:
+    """The candidate of one file, from what its reader found.
+
+    Args:
+        path: of the file, absolute.
+        found: ``subject`` and ``session`` as they stand in the path; the row's rules make identifiers of them.
+        cohort: the row.
+        sequence: what it is.
+        reason: why it is left; empty for what is taken.
+    """
+    subject = session = ""
+    if found.get("subject"):
+        try:
+            subject = cohort.subject.read(found["subject"] or "")
+            session = cohort.session.read(found.get("session") or "")
+        except ValueError as error:
+            reason = reason or f"{UNRECOGNISED}: {'session' if subject else 'subject'}: {error}"
+    elif not reason:
+        reason = f"{UNRECOGNISED}: the path fits no pattern of the row"
+    status = "skipped" if reason else "done"
+    return Candidate(
+        scan=Scan(path, cohort.name, subject, session, sequence, status=status, reason=reason),
+        description=found.get("description") or "",
+    )
+
+
+def convert_to(out_dir: Path, candidate: Candidate, conversion: Conversion, identity: str) -> Candidate:
+    """``candidate``, to be converted; its path so far becomes the source.
+
+    Args:
+        out_dir: the output folder.
+        candidate: of the raw file or series; comes back as it is where it is left.
+        conversion: how.
+        identity: what makes the input unique in its cohort, wherever the cohort lies.
+    """
+    if candidate.scan.status == "skipped":
+        return candidate
+    name = converted_name(conversion.kind, f"{candidate.scan.cohort}/{identity}")
+    path = str(_absolute(out_dir) / "converted" / name)
+    scan = replace(candidate.scan, path=path, source=candidate.scan.path)
+    return replace(candidate, scan=scan, conversion=conversion)
+
+
+def reason_to_leave(path: str, root: str, *, cohort: CohortRow) -> str:
+    """Why ``path`` (below its source ``root``) is left by its place and name alone; empty where nothing speaks so."""
+    if path.rpartition("/")[2].startswith("."):
+        return "hidden_file: its name starts with a dot"
+    below = path[len(root) :].lstrip("/")
+    return next((rule.reason for rule in cohort.skip if rule.pattern.search(below)), "")
+
+
 def leave(candidate: Candidate, reason: str) -> Candidate:
     """``candidate`` as a skipped one; its row then names the raw input, since nothing will be converted."""
     scan = replace(candidate.scan, path=candidate.origin, source="", status="skipped", reason=reason)
@@ -221,6 +270,8 @@ def _read(folders: Sequence[SourceFolder], cohort: CohortRow, out_dir: Path) -> 
     for row in rows:
         reader = importlib.import_module(READER_MODULES[row.reader])
         for candidate in reader.read_candidates(folders, cohort=row, out_dir=out_dir):
+            if cohort.members and row.known_by is not None and not row.known_by.search(candidate.origin):
+                candidate = leave(candidate, f"{UNRECOGNISED}: of no part of cohort {cohort.name}")  # noqa: PLW2901
             other = best.get(candidate.origin)
             if other is None or _knowledge(candidate) > _knowledge(other):
                 best[candidate.origin] = candidate

@@ -7,8 +7,10 @@ guessed.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
+from typing import NamedTuple
 
 from braindino.manifest import UNKNOWN_SEQUENCE
 
@@ -36,6 +38,12 @@ OTHER_MODALITY_TOKENS = frozenset(
 )  # fmt: skip
 SEQUENCE_OF_BIDS_SUFFIX = {"T1w": "T1", "T2w": "T2", "FLAIR": "FLAIR"}
 BIDS_LABEL_SUFFIXES = frozenset({"mask", "dseg", "probseg"})
+
+# Formats that hold images and that no reader of files takes; one in a cohort's folders gets a row that says so.
+OTHER_FORMATS = (
+    ".mgz", ".mgh", ".nrrd", ".nhdr", ".mha", ".mhd", ".mnc", ".mnc.gz", ".h5", ".hdf5", ".par", ".img.gz", ".hdr.gz",
+)  # fmt: skip
+DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 _BIDS_NAME = re.compile(r"sub-[A-Za-z0-9+]+(?:_[A-Za-z]+-[A-Za-z0-9+.]+)*_(?P<suffix>[A-Za-z0-9]+)")
@@ -69,6 +77,48 @@ def nifti_stem(name: str) -> str:
     return _NIFTI.sub("", name)
 
 
+class ImageName(NamedTuple):
+    """What looks like an image among the names of a folder.
+
+    Attributes:
+        name: of the file; of an Analyze pair the ``.img``; empty for a DICOM series, which is the folder.
+        form: ``nifti``, ``analyze``, ``half`` (of an Analyze pair), ``dicom`` or ``other``.
+    """
+
+    name: str
+    form: str
+
+
+def list_images(names: Sequence[str]) -> list[ImageName]:
+    """The images among the file names of one folder, each once; DICOM files (by their suffix) are one together."""
+    images = []
+    pairs: dict[str, list[str]] = {}
+    has_dicom = False
+    for name in names:
+        lower = name.lower()
+        if lower.endswith((".nii.gz", ".nii")):
+            images.append(ImageName(name, "nifti"))
+        elif lower.endswith((".img", ".hdr")):
+            pairs.setdefault(name[:-4], []).append(name)
+        elif lower.endswith(DICOM_SUFFIXES):
+            has_dicom = True
+        elif lower.endswith(OTHER_FORMATS):
+            images.append(ImageName(name, "other"))
+    for pair in pairs.values():
+        image = next((name for name in pair if name.lower().endswith(".img")), pair[0])
+        images.append(ImageName(image, "analyze" if len(pair) == 2 else "half"))
+    if has_dicom:
+        images.append(ImageName("", "dicom"))
+    return images
+
+
+def read_bids_name(name: str) -> NameFacts | None:
+    """The facts in the BIDS name of a NIfTI file; None where it is no BIDS name."""
+    stem = nifti_stem(name)
+    bids = _BIDS_NAME.fullmatch(stem)
+    return _read_bids(stem, bids["suffix"]) if bids else None
+
+
 def read_name(
     relative_path: PurePath, *, source_name: str, subject_pattern: re.Pattern[str] | None = None, sequence: str = ""
 ) -> NameFacts:
@@ -85,9 +135,7 @@ def read_name(
         ValueError: ``subject_pattern`` does not match a file that would be prepared, or its ``sequence`` group is
             not a sequence.
     """
-    stem = nifti_stem(relative_path.name)
-    bids = _BIDS_NAME.fullmatch(stem)
-    facts = _read_bids(stem, bids["suffix"]) if bids else _read_free(relative_path, source_name)
+    facts = read_bids_name(relative_path.name) or _read_free(relative_path, source_name)
     if relative_path.name.startswith("."):
         facts = replace(facts, skip="hidden_file: its name starts with a dot")
     elif "derivatives" in relative_path.parts[:-1]:
