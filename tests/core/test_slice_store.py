@@ -78,8 +78,8 @@ def test_a_truncated_scan_file_stops_publishing_and_is_named(tmp_path: Path) -> 
 
 def test_the_index_can_be_rebuilt_from_the_scan_files(tmp_path: Path) -> None:
     before = filled(tmp_path / "store")
-    for name in ("store.json", "index.npz", "scans.tsv"):
-        (tmp_path / "store" / name).unlink()
+    (tmp_path / "store" / "store.json").unlink()
+    shutil.rmtree(tmp_path / "store" / "index")
     after = SliceStoreWriter(tmp_path / "store").publish()
     assert after.fingerprint == before.fingerprint
     np.testing.assert_array_equal(after[7], before[7])
@@ -130,8 +130,8 @@ def test_what_is_no_store_is_said_to_be_none(tmp_path: Path) -> None:
         SliceStore(tmp_path)
     filled(tmp_path / "store")
     text = (tmp_path / "store" / "store.json").read_text()
-    (tmp_path / "store" / "store.json").write_text(text.replace('"version": 1', '"version": 9'))
-    with pytest.raises(StoreError, match="format version 9; this program reads version 1"):
+    (tmp_path / "store" / "store.json").write_text(text.replace('"version": 2', '"version": 9'))
+    with pytest.raises(StoreError, match="format version 9; this program reads version 2"):
         SliceStore(tmp_path / "store")
 
 
