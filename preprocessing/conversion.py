@@ -148,11 +148,11 @@ def _read_dicom(source: Path, files: tuple[str, ...], parameters: Mapping[str, o
         for number, path in enumerate(checked.paths):
             # Path.absolute, since a link is read from where it lies.
             Path(images, f"{number:06d}.dcm").symlink_to(path.absolute())
-        _run_dcm2niix(images, out, source)
+        _run_dcm2niix(images, out, source, [path.name for path in checked.paths])
         return _only_volume(sorted(out.glob("*.nii")), source, checked.notes)
 
 
-def _run_dcm2niix(images: Path, out: Path, source: Path) -> None:
+def _run_dcm2niix(images: Path, out: Path, source: Path, names: list[str]) -> None:
     try:
         import dcm2niix
     except ImportError:
@@ -178,14 +178,18 @@ def _run_dcm2niix(images: Path, out: Path, source: Path) -> None:
     if run.returncode != 0:
         if shutil.disk_usage(out).free < _FULL_DISK_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out.parent))
-        message = _last_useful_line(run.stdout + b"\n" + run.stderr, images)
+        message = _last_useful_line(run.stdout + b"\n" + run.stderr, images, names)
         raise VolumeError("unreadable_dicom", f"{source}: dcm2niix ended with code {run.returncode}: {message}")
 
 
-def _last_useful_line(output: bytes, images: Path) -> str:
+def _last_useful_line(output: bytes, images: Path, names: list[str]) -> str:
     lines = [" ".join(line.split()) for line in output.decode("utf-8", errors="replace").splitlines()]
     useful = [line for line in lines if line and not _NOISE.search(line)]
-    return useful[-1].replace(f"{images}{os.sep}", "image ") if useful else "it said nothing"
+    if not useful:
+        return "it said nothing"
+    # The files that it saw have names of ours; the user knows others.
+    ours = re.compile(re.escape(f"{images}{os.sep}") + r"(\d{6})\.dcm")
+    return ours.sub(lambda match: names[int(match[1])], useful[-1])
 
 
 def _only_volume(paths: list[Path], source: Path, notes: tuple[str, ...]) -> Image:

@@ -257,7 +257,7 @@ class _Geometry(NamedTuple):
 
 
 def _read_geometry(source: Path, path: Path) -> _Geometry:
-    header = _read_header(path, _GEOMETRY_TAGS)
+    header, header_bytes = _read_header_and_size(path, _GEOMETRY_TAGS)
     if isinstance(header, str):
         raise VolumeError("unreadable_dicom", f"{source}: {path.name}: {header}; copy it again")
     sizes = [_number(header, name) for name in ("Rows", "Columns", "BitsAllocated")]
@@ -267,12 +267,13 @@ def _read_geometry(source: Path, path: Path) -> _Geometry:
         )
     num_frames = int(_number(header, "NumberOfFrames") or 1)
     if not header.file_meta.TransferSyntaxUID.is_compressed:
-        needed = int(np.prod([size or 0 for size in sizes])) // 8 * int(_number(header, "SamplesPerPixel") or 1)
+        samples = int(_number(header, "SamplesPerPixel") or 1) * num_frames
+        needed = header_bytes + int(np.prod([size or 0 for size in sizes])) // 8 * samples
         found = path.stat().st_size
-        if found < needed * num_frames:
+        if found < needed:
             raise VolumeError(
                 "unreadable_dicom",
-                f"{source}: {path.name} has {found} bytes, its pixels alone need {needed * num_frames}; copy it again",
+                f"{source}: {path.name} is cut short: {found} bytes; its header and pixels need {needed}; copy it",
             )
     return _Geometry(path, _text(header, "SeriesInstanceUID"), _text(header, "SOPInstanceUID"), list(_frames(header)))
 
@@ -469,16 +470,21 @@ def _is_dicom(path: Path) -> bool:
 
 def _read_header(path: Path, tags: Sequence[str]) -> Dataset | str:
     """The named tags of a file, or why it cannot be read."""
+    return _read_header_and_size(path, tags)[0]
+
+
+def _read_header_and_size(path: Path, tags: Sequence[str]) -> tuple[Dataset | str, int]:
+    """The named tags of a file, or why it cannot be read; and the bytes before the pixel data."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), path.open("rb") as handle:
             # Odd values are common and harmless here; they would be told once per file.
             warnings.simplefilter("ignore", UserWarning)
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
+            header = pydicom.dcmread(handle, stop_before_pixels=True, specific_tags=list(tags))
             # Values are decoded, and kept, when they are asked for first.
             _ = [_text(header, name) for name in tags], header.file_meta.TransferSyntaxUID
+            return header, handle.tell()
     except Exception as error:  # a damaged header may raise anything; whatever it is, it is told
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return header
+        return f"{type(error).__name__}: {' '.join(str(error).split())}", 0
 
 
 def _text(header: Dataset, name: str) -> str:
