@@ -24,9 +24,12 @@ after the rename. A reader that had read the old ``store.json`` just before, and
 life: copies of it in other processes refuse to open another one, since the same number would mean another slice.
 """
 
+import errno
+import filecmp
 import hashlib
 import json
 import os
+import shutil
 import time
 import zlib
 from bisect import bisect_right
@@ -64,6 +67,10 @@ _NOTE = np.dtype(
     [("scan_id", "S16"), ("bytes", "<i8"), ("modified", "<i8"), ("changed", "<i8"), ("inode", "<u8"), ("row", "<i8")]
 )
 _PUBLISHED_ANEW = "published anew since it was opened; open it again (a run that reads it: start it again)"
+# The file system has no hard links, or not for this file, or not to there.
+_NO_LINKS = frozenset(
+    {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+)
 _INDEX_FILES = ("slices.npy", "scans.npy", "scans.tsv")
 # Two changes of a file within one tick of the file system's clock have the same time.
 _NANOSECONDS_OF_DOUBT = 2_000_000_000
@@ -85,6 +92,20 @@ class ScanFile(NamedTuple):
     scan: Scan
     records: np.ndarray
     crc32: int
+
+
+class Problem(NamedTuple):
+    """Something wrong in a store.
+
+    Attributes:
+        file: relative to the store.
+        scan: the path of the scan it holds, or the scan's id; empty for files of the whole store.
+        message: a line that says all, the full path included.
+    """
+
+    file: str
+    scan: str
+    message: str
 
 
 class SliceStoreWriter:
@@ -148,6 +169,36 @@ class SliceStoreWriter:
         """Remove a scan's slices; readers notice at the next publish."""
         self.scan_file(scan_id).unlink(missing_ok=True)
 
+    def adopt(self, source: Path, *, header_crc32: int) -> None:
+        """Take over a finished scan file of another store: a hard link where the disk allows it, else a copy.
+
+        Nothing is written where the same bytes are already. The caller syncs the folder of the link.
+
+        Raises:
+            StoreError: the file is missing, damaged, or not the one with this header.
+        """
+        try:
+            header = read_scan_file(source, scan_id=source.name)
+        except FileNotFoundError as error:
+            raise StoreError(f"{source}: missing; run `braindino verify` on its store") from error
+        if header.crc32 != header_crc32:
+            raise StoreError(f"{source}: not the file that its store has indexed; publish that store again")
+        path = self.scan_file(source.name)
+        if path.exists() and (path.samefile(source) or filecmp.cmp(path, source, shallow=False)):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source.resolve(), temporary)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with replace_file(path) as copy:
+                _copy(source, copy)
+        else:
+            temporary.replace(path)
+
     def publish(self) -> "SliceStore":
         """Write the index over all scan files present, in the order of cohort, subject, session, sequence and name.
 
@@ -180,7 +231,7 @@ class SliceStoreWriter:
         index_name = digest.hexdigest()[:16]
         for name, path in unnamed.items():
             path.replace(index_dir / f"{index_name}.{name}")
-        _sync_folder(index_dir)
+        sync_folder(index_dir)
         # The fingerprint covers every compressed byte through the checksums, and which scan and position it belongs to.
         fingerprint = hashlib.sha256()
         for entry in entries:
@@ -201,9 +252,9 @@ class SliceStoreWriter:
             },
         )
         self._write_notes(index_name, entries, started)
-        for path in index_dir.iterdir():
-            if not path.name.lstrip(".").startswith(index_name):
-                path.unlink(missing_ok=True)
+        others = [path for path in index_dir.iterdir() if not path.name.lstrip(".").startswith(index_name)]
+        for path in (*others, *self.store_dir.glob(".tmp-*")):  # the latter of killed publishes
+            path.unlink(missing_ok=True)
         return SliceStore(self.store_dir)
 
     def _entries(self) -> Iterator["_Entry"]:
@@ -314,7 +365,8 @@ class SliceStore:
         position, length, offset, crc32 = self._records[index].tolist()
         if length > _MAX_CHUNK_BYTES:
             raise self._damage(index, row, position)
-        chunk = os.pread(self._file(row).descriptor, length, offset)
+        file = self._file(row)  # held until it is read, or another thread might close it
+        chunk = os.pread(file.descriptor, length, offset)
         # The second number of the chunk's own header is its size when unpacked.
         if zlib.crc32(chunk) != crc32 or int.from_bytes(chunk[4:8], "little") != _SLICE_BYTES:
             raise self._damage(index, row, position)
@@ -372,37 +424,26 @@ class SliceStore:
         scan_id = self.scan_ids[row]
         return self.store_dir / "slices" / scan_id[:2] / scan_id
 
-    def check_index(self) -> list[str]:
-        """Read the index files whole; what is wrong with them, one line each."""
+    def check_index(self) -> list["Problem"]:
+        """Read the index files whole; what is wrong with them."""
         problems = []
         for name in _INDEX_FILES:
             try:
                 self._index_file(self._meta, name, checked=True)
             except (OSError, StoreError) as error:
-                problems.append(str(error))
+                problems.append(Problem(f"index/{self.index_name}.{name}", "", str(error)))
         return problems
 
-    def check_scan(self, row: int, *, deep: bool = True) -> list[str]:
-        """What is wrong with the file of scan ``row``, one line each naming the scan; ``deep`` reads its slices."""
-        path = self.scan_path(row)
-        try:
-            # The file's own header counts: with a damaged index it still says what should be there.
-            file = read_scan_file(path, scan_id=path.name)
-        except FileNotFoundError:
-            return [f"{path}: missing ({self._name(row)}); prepare that scan again"]
-        except (OSError, StoreError) as error:
-            return [f"{error} ({self._name(row)})"]
-        problems = []
+    def check_scan(self, row: int, *, deep: bool = True) -> list["Problem"]:
+        """What is wrong with the file of scan ``row``; ``deep`` reads its slices, too."""
+        path, name = self.scan_path(row), self._name(row)
+        # The file's own header counts: with a damaged index it still says what should be there.
+        file, problems = check_scan_file(path, deep=deep)
+        if file is None:
+            return [problem._replace(scan=name, message=f"{problem.message} ({name})") for problem in problems]
         if file.crc32 != self.header_crc32[row] or not np.array_equal(file.records, self.records_of_scan(row)):
-            problems.append(f"{path}: not the file that was indexed ({file.scan.path}); publish the store again")
-        if deep:
-            with path.open("rb") as handle:
-                content = handle.read()
-            for position, length, offset, crc32 in file.records.tolist():
-                if zlib.crc32(memoryview(content)[offset : offset + length]) != crc32:
-                    problems.append(
-                        f"{path}: slice at position {position} of {file.scan.path} is damaged; prepare that scan again"
-                    )
+            message = f"{path}: not the file that was indexed ({file.scan.path}); publish the store again"
+            problems.insert(0, Problem(_relative(path), file.scan.path, message))
         return problems
 
     def verify(self, *, deep: bool = True) -> list[str]:
@@ -413,7 +454,7 @@ class SliceStore:
         problems = self.check_index()
         for row in range(self.num_scans):
             problems += self.check_scan(row, deep=deep)
-        return problems
+        return [problem.message for problem in problems]
 
     def __getstate__(self) -> dict[str, Any]:
         # Mapped and open files belong to this process; another one opens its own, of the same index.
@@ -516,6 +557,10 @@ def read_description(store_dir: str | Path) -> dict[str, Any]:
         raise StoreError(
             f"{path}: format version {version}; this program reads version {FORMAT_VERSION}; prepare the store again"
         )
+    if meta["slice_shape"] != list(SLICE_SHAPE) or meta["dtype"] != "float16":
+        raise StoreError(
+            f"{path}: slices of {meta['dtype']} {meta['slice_shape']}; this program reads float16 {list(SLICE_SHAPE)}"
+        )
     return meta
 
 
@@ -557,7 +602,7 @@ def read_scan_file(path: Path, *, scan_id: str | None = None) -> ScanFile:
         records = np.frombuffer(handle.read(16 * count), dtype="<u4").reshape(-1, 4)
     if _header_crc32(prefix, row, records) != prefix["crc32"]:
         raise StoreError(f"{path}: damaged header; {again}")
-    end = int(records[-1, _OFFSET]) + int(records[-1, _LENGTH]) if count else header_bytes
+    end = header_bytes + int(records[:, _LENGTH].sum(dtype=np.uint64))
     if size != end:
         raise StoreError(f"{path}: found {size} bytes, expected {end}; {again}")
     try:
@@ -567,6 +612,33 @@ def read_scan_file(path: Path, *, scan_id: str | None = None) -> ScanFile:
     if scan_id is not None and scan.scan_id != scan_id:
         raise StoreError(f"{path}: holds scan {scan.scan_id} ({scan.path}), expected {scan_id}; {again}")
     return ScanFile(scan, records, int(prefix["crc32"]))
+
+
+def check_scan_file(path: Path, *, deep: bool) -> tuple[ScanFile | None, list[Problem]]:
+    """A scan's file, None when its header cannot be trusted, and what is wrong with it; ``deep`` reads its slices."""
+    try:
+        file = read_scan_file(path, scan_id=path.name)
+        content = path.read_bytes() if deep else b""
+    except FileNotFoundError:
+        message = f"{path}: missing; prepare that scan again"
+        return None, [Problem(_relative(path), "", message)]
+    except (OSError, StoreError) as error:
+        return None, [Problem(_relative(path), "", str(error))]
+    problems = []
+    for position, length, offset, crc32 in file.records.tolist() if deep else ():
+        if zlib.crc32(memoryview(content)[offset : offset + length]) != crc32:
+            message = f"{path}: slice at position {position} of {file.scan.path} is damaged; prepare that scan again"
+            problems.append(Problem(_relative(path), file.scan.path, message))
+    return file, problems
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush renames in a folder to the disk, so that they cannot come after one that is made later elsewhere."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class _Entry(NamedTuple):
@@ -591,10 +663,28 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
+def _relative(path: Path) -> str:
+    return f"slices/{path.parent.name}/{path.name}"
+
+
 def _order(scan: Scan) -> tuple[str, ...]:
     # White space as scans.tsv has it, so that rows remembered from there sort as those from the files.
     texts = (scan.cohort, scan.subject, scan.session, scan.sequence)
     return (*(" ".join(text.split()) for text in texts), Path(scan.path).name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file; file systems that can share its blocks between both do."""
+    with source.open("rb") as read, target.open("wb") as write:
+        try:
+            while os.copy_file_range(read.fileno(), write.fileno(), 2**30):
+                pass
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            read.seek(0)
+            write.seek(0)
+            shutil.copyfileobj(read, write, 2**20)
 
 
 def _compress(half: np.ndarray) -> bytes:
@@ -633,12 +723,3 @@ def _description(meta: dict[str, Any]) -> bytes:
 def _write_description(path: Path, meta: dict[str, Any]) -> None:
     with replace_file(path) as temporary:
         temporary.write_bytes(_description(meta))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush renames in a folder to the disk, so that they cannot come after one that is made later elsewhere."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
