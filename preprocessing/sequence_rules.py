@@ -174,16 +174,23 @@ T1_NAMES = _any(
     r"ir ?f?spgr\b",
     r"lava\b",
     r"thrive\b",
+    r"mt1\b",
 )
 
-#: The first that fits decides. Other modalities, then everything that names no structural weighting, then the four.
-RULES: tuple[Rule, ...] = (
+FLAIR_NAMES = _any("flair", "dark ?fl", r"tirm\b", r"t2 dark\b", r"da fl\b", "fluid att")
+
+#: What is no MR image, whatever it is called; before a cohort's own rules.
+OBJECT_RULES: tuple[Rule, ...] = (
     Rule(modality="SEG|RTSTRUCT", skip="segmentation: regions, not an image"),
     Rule(
         modality="REG|KO|PR|SR|RTPLAN|RTDOSE|RTIMAGE|DOC|FID|RWV",
         skip="not_an_image: a DICOM object of another kind",
     ),
     Rule(modality="(?!MR$).*", skip="other_modality: not magnetic resonance"),
+)  # fmt: skip
+
+#: The first that fits decides: everything that names no structural weighting, then the four.
+RULES: tuple[Rule, ...] = (
     Rule(
         text=_any(r"loc\b", "locali[sz]", "scout", "survey", "smart ?brain", "aa ?head", "plane ?loc",
             r"3 ?(pl|plane)\b", "plan scan", "autoalign", "vscout", "topogram", r"pilot\b"),
@@ -191,7 +198,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(image_type="LOCALI[SZ]ER", skip="localiser: for planning"),
     Rule(
-        text=_any("calib", "cal$", r"asset\b.*\bcal", "sense ref", "ref ?scan", "reference scan", "coil sens",
+        text=_any("calib", "cal$", "cal (8|hd|head|nv|brain)", r"asset\b.*\bcal", "sense ref", "ref ?scan",
+            "reference scan", "coil sens",
             "shim", "prescan", "phantom", r"noise\b", r"dummy\b", r"test\b", "field ?map", r"fmap\b", "b0 ?map",
             "b1 ?map", r"b1\+", "spin ?echo ?field"),
         skip="calibration: not a picture of anatomy",
@@ -218,7 +226,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(image_type="SUBTRACT(ION)?|SUB", skip="subtraction: a difference of two series"),
     Rule(
-        text=_any(r"adc\b", r"eadc\b", "apparent diff", r"dwi?\b", "diff", r"dti\b", r"dsi\b", r"dki\b", r"hardi\b",
+        text=_any(r"[de]?adc\b", "apparent diff", r"dwi?\b", "diff", r"dti\b", r"dsi\b", r"dki\b", r"hardi\b",
             "tensor", r"trace\w*\b", r"fract\w* ?an", "fa ?map", r"colou?r ?fa\b",
             r"b ?(500|700|800|900|1000|1500|2000|3000)s?\b", r"\d+ ?dirs?\b", "isotropic image", "ep2d diff",
             r"resolve\b", r"ezz\b", r"ivim\b", "exp(onential)? ?(adc|att)"),
@@ -290,6 +298,7 @@ RULES: tuple[Rule, ...] = (
             "mpr (cor|sag|tra|ax|thick|range|rang|3d recon)", "mpr ?range",
             r"(cor|sag|ax|tra|coronal|sagittal|axial|obl|oblique) mprs?\b(?! ?rage)", "curved", "vol ?rend",
             r"vrt?\b", "projection", "3d ?view", r"surface\b", "obl(ique)? ref", "mpr recon", "thick mpr",
+            r"mp ?rage.* mpr\b",
             "collage", r"fused?\b", r"fusion\b"),
         unless=_any(r"t1 mpr\b", r"t1 (ax|axial|cor|coronal|sag|sagittal|tra) mpr\b"),
         skip="derived_reformat: MIP, MPR or another view of a series",
@@ -330,15 +339,8 @@ RULES: tuple[Rule, ...] = (
     Rule(max_images=MIN_IMAGES - 1, skip=f"too_few_slices: fewer than {MIN_IMAGES} images"),
     # GE calls an inversion-prepared T1 "T1 FLAIR".
     Rule(text=_any(r"t1\b.*\bflair", r"flair\b.*\bt1\b"), unless=_any(r"t2\b"), take=T1_UNDECIDED),
-    Rule(
-        text=_any(r"flair\b", r"flaire\b", "dark ?fl", r"t2 ?(dark ?)?fl(air)?\b", r"t2 ir\b", r"tirm\b"),
-        weighting="T1",
-        take=T1_UNDECIDED,
-    ),
-    Rule(
-        text=_any("flair", r"flaire\b", "dark ?fl", r"tirm\b", r"t2 ?(ir|tirm|dark)\b", "fluid att"),
-        take="FLAIR",
-    ),
+    Rule(text=FLAIR_NAMES, weighting="T1", take=T1_UNDECIDED),
+    Rule(text=FLAIR_NAMES, take="FLAIR"),
     Rule(text=_any(r"t1\b.*\bt2\b", r"t2\b.*\bt1\b"), skip="unknown_sequence: it names two weightings"),
     Rule(text=_any(r"t2\b"), take="T2"),
     Rule(text=_any(r"t1\b"), take=T1_UNDECIDED),
@@ -352,25 +354,28 @@ RULES: tuple[Rule, ...] = (
 
 
 def classify(series: SeriesFacts, given: Iterable[GivenRule] = ()) -> Verdict:
-    """What ``series`` is by itself; ``given`` are the cohort's own rules, which come first.
+    """What ``series`` is by itself; ``given`` are the cohort's own rules, which come before :data:`RULES`.
 
     The description counts; the protocol's name stands in for a missing one only, since it may name the whole
     examination ("brain w/wo").
     """
-    for own in given:
-        if own.fits(series.description, series.tags):
-            words = f"the cohort's rule for {series.description!r}"
-            return Verdict(own.sequence, "", words) if own.sequence else Verdict("", own.reason, words)
     text = plain_description(series.description or series.tags.get("ProtocolName", ""))
     weighting = weighting_of(series.tags)
     image_type = [value.strip().upper() for value in series.tags.get("ImageType", "").split("\\")]
-    for rule in RULES:
-        if _fits(rule, text, series, weighting, image_type):
-            break
-    else:
-        found = f"{series.description!r}, {_times_in_words(series.tags)}"
-        return Verdict(skip=f"unknown_sequence: neither description nor times tell ({found})")
-    evidence = f"{text!r}" if rule.text else f"its header: {rule.image_type or rule.weighting or rule.modality}"
+
+    def first_of(rules: Iterable[Rule]) -> Rule | None:
+        return next((rule for rule in rules if _fits(rule, text, series, weighting, image_type)), None)
+
+    rule = first_of(OBJECT_RULES)
+    own = None if rule else next((own for own in given if own.fits(series.description, series.tags)), None)
+    if own is not None:
+        words = f"the cohort's rule for {series.description!r}"
+        return Verdict(own.sequence, "", words) if own.sequence else Verdict("", own.reason, words)
+    rule = rule or first_of(RULES)
+    if rule is None:
+        # No text of the series: reasons are counted by their words.
+        return Verdict(skip="unknown_sequence: neither its description nor its times tell")
+    evidence = repr(text) if rule.text else "its header"
     if rule.skip:
         return Verdict("", rule.skip, evidence)
     if rule.take != T1_UNDECIDED:
@@ -386,20 +391,21 @@ def decide_contrast(study: Sequence[tuple[SeriesFacts, Verdict]]) -> list[Verdic
     series that says "without", too (some consoles enter it for the whole examination); and without any of these, no
     agent was given.
     """
-    without = [(facts, verdict) for facts, verdict in study if verdict.sequence == "T1"]
-    last_without = max((facts.order for facts, _ in without if any(facts.order)), default=None)
-    given = [facts.order for facts, verdict in study if _shows_agent(facts, verdict) and any(facts.order)]
-    first_with = min(given, default=None)
-    agent_counts = not any(has_agent(facts.tags) for facts, _ in without)
+    order = _order([facts for facts, _ in study])
+    without = [facts for facts, verdict in study if verdict.sequence == "T1"]
+    last_without = max((order[id(facts)] for facts in without if order), default=None)
+    first_with = min(
+        (order[id(facts)] for facts, verdict in study if order and _shows_agent(facts, verdict)), default=None
+    )
+    agent_counts = not any(has_agent(facts.tags) for facts in without)
     verdicts = []
     for facts, verdict in study:
         if verdict.sequence != T1_UNDECIDED:
             verdicts.append(verdict)
             continue
-        known = any(facts.order)
-        if known and last_without is not None and facts.order < last_without:
+        if last_without is not None and order[id(facts)] < last_without:
             sequence, why = "T1", "before a series without contrast agent"
-        elif known and first_with is not None and facts.order > first_with:
+        elif first_with is not None and order[id(facts)] > first_with:
             sequence, why = "T1c", "after contrast agent was given"
         elif agent_counts and has_agent(facts.tags):
             sequence, why = "T1c", "ContrastBolusAgent"
@@ -488,6 +494,16 @@ def _fits(rule: Rule, text: str, series: SeriesFacts, weighting: str, image_type
     )
 
 
+def _order(study: Sequence[SeriesFacts]) -> dict[int, tuple[str, int]]:
+    """``id`` of each series -> its place in the study: by time, by number where one lacks its time, empty where one
+    lacks both."""
+    if all(facts.order[0] for facts in study):
+        return {id(facts): facts.order for facts in study}
+    if all(facts.order[1] for facts in study):
+        return {id(facts): ("", facts.order[1]) for facts in study}
+    return {}
+
+
 def _shows_agent(facts: SeriesFacts, verdict: Verdict) -> bool:
     bolus = verdict.skip.startswith("perfusion") and not _BOLUS.search(plain_description(facts.description))
     return bolus or verdict.sequence == "T1c"
@@ -502,8 +518,3 @@ def _number(text: str) -> float | None:
 
 def _within(value: float | None, bounds: tuple[float, float]) -> bool:
     return value is not None and bounds[0] <= value <= bounds[1]
-
-
-def _times_in_words(tags: Mapping[str, str]) -> str:
-    names = {"TR": "RepetitionTime", "TE": "EchoTime", "TI": "InversionTime"}
-    return ", ".join(f"{short} {tags.get(name) or 'missing'}" for short, name in names.items())
