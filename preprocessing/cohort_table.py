@@ -306,8 +306,9 @@ def load_cohort(name_or_path: str) -> CohortRow:
     if name not in paths:
         # Two names that share their letters are meant more often than two that share their order.
         close = difflib.get_close_matches(name, sorted(paths), n=3, cutoff=0.5)
+        hint = f", did you mean {' or '.join(close)}?" if close else "."
         raise ValueError(
-            f"--cohort {name_or_path!r}: no such cohort{', did you mean ' + ' or '.join(close) + '?' if close else '.'} "
+            f"--cohort {name_or_path!r}: no such cohort{hint} "
             "`braindino cohorts` lists them; a cohort of your own is a YAML file (--cohort path/to/mine.yaml), and "
             "--cohort-name only gives a dataset its name"
         )

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from braindino.manifest import Scan
 from braindino.preprocessing.cohort_table import CohortRow, Repeats, load_cohort
 from braindino.preprocessing.conversion import Conversion, converted_name
-from braindino.preprocessing.naming import NameFacts, is_nifti_name, read_name
+from braindino.preprocessing.naming import HIDDEN, NameFacts, is_nifti_name, read_name
 
 # Each module has read_candidates(folders, *, cohort, out_dir) -> list[Candidate]: one for each file or series in the
 # folders that looks like an image. Repeats, unwanted sequences and namesakes are settled here, for all of them.
@@ -30,6 +30,8 @@ READER_MODULES = {
     "fastmri": "braindino.preprocessing.fastmri",
 }
 UNRECOGNISED = "unrecognised"
+# Version control's own folders: a dataset fetched with DataLad keeps a second name for each of its files there.
+NOT_DATA = (".git", ".datalad")
 
 _MAGIC = re.compile(r"[*?\[]")
 _INSIDE_BIDS = re.compile(r"(sub|ses)-.+|anat")
@@ -188,9 +190,9 @@ def convert_to(out_dir: Path, candidate: Candidate, conversion: Conversion, iden
 
 def reason_to_leave(path: str, root: str, *, cohort: CohortRow) -> str:
     """Why ``path`` (below its source ``root``) is left by its place and name alone; empty where nothing speaks so."""
-    if path.rpartition("/")[2].startswith("."):
-        return "hidden_file: its name starts with a dot"
     below = path[len(root) :].lstrip("/")
+    if "/." in f"/{below}":
+        return HIDDEN
     return next((rule.reason for rule in cohort.skip if rule.pattern.search(below)), "")
 
 
@@ -393,7 +395,10 @@ def _walk(top: str, root: str, excluded: str) -> Iterator[SourceFolder]:
         names, folders = [], []
         with os.scandir(folder) as entries:
             for entry in entries:
-                (folders if entry.is_dir() else names).append(entry.name)
+                if not entry.is_dir():
+                    names.append(entry.name)
+                elif entry.name not in NOT_DATA:
+                    folders.append(entry.name)
         # The last is walked first.
         waiting += [f"{folder.rstrip('/')}/{name}" for name in sorted(folders, reverse=True)]
         if names:
@@ -435,7 +440,7 @@ def _tell_apart(scans: list[tuple[Scan, Input]]) -> list[Scan]:
                 raise ValueError(
                     f"{other.path} and {scan.path} would both be cohort {scan.cohort!r}, subject "
                     f"{scan.subject!r}, session {scan.session!r}, sequence {scan.sequence!r} with the same file name; "
-                    "prepare their folders one after the other with different --cohort names, or tell them apart "
+                    "prepare their folders one after the other with different --cohort-name, or tell them apart "
                     "with --subject-pattern"
                 )
             result.append(scan)

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import sys
-import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -284,7 +283,7 @@ def _workbook(path: Path, sheet: str) -> tuple[list[str], Iterator[tuple[int, li
         frame = pandas.read_excel(path, sheet_name=sheet or 0, header=None, dtype=object, na_filter=False)
     except ImportError as error:
         raise ValueError(f"{path}: {error}; or save the table as .xlsx or .csv") from error
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # each of pandas' engines has errors of its own
         raise ValueError(f"{path}: cannot be read as a workbook: {error}") from error
     rows = [[_cell_text(cell) for cell in row] for row in frame.itertuples(index=False, name=None)]
     return (rows[0] if rows else []), ((number, row) for number, row in enumerate(rows[1:], start=2))

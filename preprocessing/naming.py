@@ -37,6 +37,7 @@ OTHER_MODALITY_TOKENS = frozenset(
     }
 )  # fmt: skip
 SEQUENCE_OF_BIDS_SUFFIX = {"T1w": "T1", "T2w": "T2", "FLAIR": "FLAIR"}
+HIDDEN = "hidden_file: its name or a folder's starts with a dot"
 BIDS_LABEL_SUFFIXES = frozenset({"mask", "dseg", "probseg"})
 
 # Formats that hold images and that no reader of files takes; one in a cohort's folders gets a row that says so.
@@ -136,8 +137,8 @@ def read_name(
             not a sequence.
     """
     facts = read_bids_name(relative_path.name) or _read_free(relative_path, source_name)
-    if relative_path.name.startswith("."):
-        facts = replace(facts, skip="hidden_file: its name starts with a dot")
+    if any(part.startswith(".") for part in relative_path.parts):
+        facts = replace(facts, skip=HIDDEN)
     elif "derivatives" in relative_path.parts[:-1]:
         facts = replace(
             facts, skip="derivative: below a derivatives folder; give that folder itself as SOURCE to take it"

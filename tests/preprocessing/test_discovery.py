@@ -36,6 +36,13 @@ def test_results_inside_a_source_are_no_inputs(tmp_path):
     assert found(tmp_path, out=tmp_path / "prepared") == [str(tmp_path / "p1/t1.nii.gz")]
 
 
+def test_version_control_inside_a_source_is_no_data_and_hidden_folders_are_left_with_why(tmp_path):
+    touch(tmp_path, ".git/annex/objects/MD5E-s1--0.nii.gz", "sub-01/anat/sub-01_T1w.nii.gz", ".trash/sub-02_T1w.nii.gz")
+    scans, skipped = describe_inputs(find_inputs([str(tmp_path)], exclude_dir=tmp_path / "out"))
+    assert [scan.subject for scan in scans] == ["sub-01"]
+    assert [(scan.subject, scan.reason.partition(":")[0]) for scan in skipped] == [("sub-02", "hidden_file")]
+
+
 def test_linked_folders_are_followed_once(tmp_path):
     touch(tmp_path, "real/p1/t1.nii.gz")
     (tmp_path / "source").mkdir()

@@ -59,7 +59,7 @@ def test_names_say_subject_session_and_sequence(path, subject, session, sequence
         ("UCSF-PDGM-0004_DTI_eddy_FA.nii.gz", "other_modality: 'dti' in the file name"),
         ("IXI002-Guys-0828-MRA.nii.gz", "other_modality: 'mra' in the file name"),
         ("derivatives/fmriprep/sub-01/anat/sub-01_T1w.nii.gz", "derivative: below"),
-        ("._P7_T1.nii.gz", "hidden_file: its name starts with a dot"),
+        ("._P7_T1.nii.gz", "hidden_file: its name or a folder's starts with a dot"),
     ],
 )
 def test_files_that_are_no_scan_are_left_with_a_reason(path, skip):
