@@ -55,6 +55,7 @@ NOTES_FROM_SCANS = 1000
 #: How long a reader waits for the index that ``store.json`` names (network file systems show changes late).
 SECONDS_TO_OPEN = 5.0
 
+_HEAD_BYTES = 128  # of an index file: what says how to read the rest
 _FORMAT = "braindino slice store"
 _DESCRIPTION = "store.json"
 _MAGIC = b"BDSLICE2"
@@ -226,7 +227,11 @@ class SliceStoreWriter:
         digest, files = hashlib.sha256(), {}
         for name, path in unnamed.items():
             content = path.read_bytes()
-            files[name] = {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+            files[name] = {
+                "bytes": len(content),
+                "crc32": f"{zlib.crc32(content):08x}",
+                "head_crc32": f"{zlib.crc32(content[:_HEAD_BYTES]):08x}",
+            }
             digest.update(content)
         index_name = digest.hexdigest()[:16]
         for name, path in unnamed.items():
@@ -273,19 +278,20 @@ class SliceStoreWriter:
         """The published index and the rows in it of files as they were then; (None, {}) where nothing can be reused."""
         try:
             last = SliceStore(self.store_dir)
-            path = self.store_dir / "index" / f".{last.index_name}.notes.npy"
+            path = self.store_dir / "index" / f".{last.index_name}.notes"
             if not path.exists() or last.check_index():
                 return None, {}
-            notes = np.load(path, allow_pickle=False)
+            raw = path.read_bytes()
         except (OSError, ValueError):  # no store yet, an older or damaged one: the scan files are all that is needed
             return None, {}
-        if notes.dtype != _NOTE or (len(notes) and int(notes["row"].max()) >= last.num_scans):
+        if zlib.crc32(raw[4:]) != int.from_bytes(raw[:4], "little"):
             return None, {}
-        return last, {(scan_id.decode(), *seen): row for scan_id, *seen, row in notes.tolist()}
+        notes = np.frombuffer(raw[4:], dtype=_NOTE).tolist()
+        return last, {(scan_id.decode(), *seen): row for scan_id, *seen, row in notes}
 
     def _write_notes(self, index_name: str, entries: Sequence["_Entry"], started: int) -> None:
         """Remember how the files looked when their headers were read, for the next publish."""
-        path = self.store_dir / "index" / f".{index_name}.notes.npy"
+        path = self.store_dir / "index" / f".{index_name}.notes"
         path.unlink(missing_ok=True)
         if len(entries) < NOTES_FROM_SCANS:
             return
@@ -294,8 +300,9 @@ class SliceStoreWriter:
             for row, entry in enumerate(entries)
             if entry.seen[2] < started - _NANOSECONDS_OF_DOUBT
         ]
-        with replace_file(path) as temporary, temporary.open("wb") as handle:
-            np.save(handle, np.array(notes, dtype=_NOTE))
+        content = np.array(notes, dtype=_NOTE).tobytes()
+        with replace_file(path) as temporary:
+            temporary.write_bytes(zlib.crc32(content).to_bytes(4, "little") + content)
 
 
 class SliceStore:
@@ -465,20 +472,19 @@ class SliceStore:
 
     def _load(self, meta: dict[str, Any], name: str, *, mapped: bool = False) -> np.ndarray:
         path = self._index_file(meta, name, checked=not mapped)
-        try:
-            # As a plain array: a numpy.memmap answers each access several times slower.
-            return np.asarray(np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False))
-        except ValueError as error:
-            raise StoreError(f"{path}: damaged ({error}); publish the store again") from error
+        # As a plain array: a numpy.memmap answers each access several times slower.
+        return np.asarray(np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False))
 
     def _index_file(self, meta: dict[str, Any], name: str, *, checked: bool) -> Path:
-        """Path of a file of the index, of the right size and, when ``checked``, content."""
+        """Path of a file of the index, of the right size and beginning and, when ``checked``, content."""
         path = self.store_dir / "index" / f"{meta['index']['name']}.{name}"
         expected = meta["index"]["files"][name]
         found = path.stat().st_size
         if found != expected["bytes"]:
             raise StoreError(f"{path}: found {found} bytes, expected {expected['bytes']}; publish the store again")
-        if checked and f"{zlib.crc32(path.read_bytes()):08x}" != expected["crc32"]:
+        with path.open("rb") as handle:
+            content = handle.read(-1 if checked else _HEAD_BYTES)
+        if f"{zlib.crc32(content):08x}" != expected["crc32" if checked else "head_crc32"]:
             raise StoreError(f"{path}: damaged, its checksum differs from that in store.json; publish the store again")
         return path
 

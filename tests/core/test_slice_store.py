@@ -4,9 +4,9 @@ import functools
 import multiprocessing
 import pickle
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +202,7 @@ def test_scans_without_slices_take_no_place(tmp_path: Path) -> None:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file but the notes that a publish leaves for the next."""
-    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".notes.npy"))
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".notes"))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -299,19 +299,15 @@ def test_a_damaged_index_is_never_built_upon(tmp_path: Path, monkeypatch: pytest
     assert tree(tmp_path / "store") == sound
 
 
-def _read_while_publishing(arguments: tuple[SliceStore, Path, float]) -> int:
-    """Rounds of reading, through a store opened before and ones opened now; wrong values raise."""
-    opened, folder, until = arguments
-    rounds = 0
-    while time.time() < until or rounds < 3:
+def _read_while_publishing(opened: SliceStore, folder: Path, ready: Event, stop: Event) -> None:
+    """Read through a store opened before and ones opened now until told to stop; wrong values raise."""
+    while not (ready.is_set() and stop.is_set()):
         fresh = SliceStore(folder)
         assert len(fresh) in (6, 9) and fresh.num_scans * 3 == len(fresh)
         for store in (opened, fresh):
             for index in range(6):
-                number, position = divmod(index, 3)
-                assert float(store[index].sum(dtype=np.float64)) == _sum_of(number, position)
-        rounds += 1
-    return rounds
+                assert float(store[index].sum(dtype=np.float64)) == _sum_of(*divmod(index, 3))
+        ready.set()
 
 
 @functools.cache
@@ -324,22 +320,23 @@ def test_publishing_disturbs_no_reader(tmp_path: Path, method: str) -> None:
     folder = tmp_path / "store"
     store = filled(folder, (0, 1))
     writer = SliceStoreWriter(folder, contract={"intensity": "z-score"})
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        if method == "spawn":  # a copy of a store opens its own index, which must still be the published one
-            assert pool.map(len, [store] * 4) == [6] * 4
-        opened = SliceStore(folder)
-        until = time.time() + 1.5
-        answer = pool.map_async(_read_while_publishing, [(opened, folder, until)] * 2)
-        time.sleep(0.3)
-        publishes = 0
-        while time.time() < until:
-            if publishes % 2:
-                writer.discard(scan(2).scan_id)
-            else:
-                writer.add(scan(2), slices(2), [10, 20, 30])
-            writer.publish()
-            publishes += 1
-        assert min(answer.get(timeout=60)) >= 3 and publishes >= 4
+    context = multiprocessing.get_context(method)
+    stop, ready = context.Event(), [context.Event() for _ in range(2)]
+    readers = [context.Process(target=_read_while_publishing, args=(store, folder, event, stop)) for event in ready]
+    for reader in readers:
+        reader.start()
+    # A copy of a store opens its own index, which must still be the published one.
+    assert all(event.wait(60) for event in ready)
+    for publish in range(12):
+        if publish % 2:
+            writer.discard(scan(2).scan_id)
+        else:
+            writer.add(scan(2), slices(2), [10, 20, 30])
+        writer.publish()
+    stop.set()
+    for reader in readers:
+        reader.join(60)
+    assert [reader.exitcode for reader in readers] == [0, 0]
 
 
 def test_a_store_stays_with_its_index(tmp_path: Path) -> None:
