@@ -5,6 +5,7 @@ A table is a folder, usually ``features/<encoder name>/``::
     features.json         format, encoder name, SHA-256 of its weights, preparation (how the slices were made)
     scans.tsv             one row per scan, as in a prepared folder
     cls/<scan_id>.npy     (num_slices, D) float32, the CLS tokens from the lowest slice to the highest
+    pretrained_on.tsv     what the encoder was pretrained on (``braindino.leakage``); missing where nobody knows
 
 The features are not rounded to half precision: between the scans of one cohort, CLS tokens of an encoder that has
 hardly been trained differ in the fourth digit and later, and a comparison with such an encoder must not be decided

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from braindino.leakage import Crosswalk, check_test_scans, read_exposure
 from braindino.manifest import read_scans
 from braindino.splits import split_subjects, write_subjects
 
@@ -28,6 +29,12 @@ class HoldOut:
     """BIDS participants.tsv, needed with --strata."""
     strata: str | None = None
     """Column of participants.tsv whose groups are divided in the same proportion, e.g. tumor."""
+    pretrained_on: Path | None = None
+    """Encoder, run or store that exists already: subjects that it has seen are not held out."""
+    crosswalk: tuple[Path, ...] = ()
+    """Tables that join ids of different cohorts, as for `braindino audit`."""
+    allow_overlap: bool = False
+    """Hold out subjects that were pretrained on all the same; the list then says so."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: HoldOut) -> None:
-    subjects = sorted({scan.subject_key for scan in read_scans(config.prepared / "scans.tsv") if scan.status == "done"})
+    scans = [scan for scan in read_scans(config.prepared / "scans.tsv") if scan.status == "done"]
+    subjects = sorted({scan.subject_key for scan in scans})
+    crosswalk = Crosswalk(config.crosswalk)
     strata = None
     if config.strata is not None:
         if config.participants is None:
@@ -52,12 +61,25 @@ def _run(config: HoldOut) -> None:
         if missing:
             raise ValueError(f"{config.participants}: no row for {missing[:5]}; expected one per prepared subject")
         strata = {key: groups[_participant(key)] for key in subjects}
-    train, test = split_subjects(subjects, test_fraction=config.test_fraction, seed=config.seed, strata=strata)
-    write_subjects(
-        config.out,
-        test,
-        comment=f"held out: {len(test)} of {len(subjects)} subjects, seed {config.seed}; never trained on",
+    train, test = split_subjects(
+        subjects,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+        strata=strata,
+        person_of=crosswalk.person_of(subjects),
     )
+    comment = f"held out: {len(test)} of {len(subjects)} subjects, seed {config.seed}; never trained on"
+    if config.pretrained_on is not None:
+        stamp = check_test_scans(
+            read_exposure(config.pretrained_on),
+            [scan for scan in scans if scan.subject_key in set(test)],
+            model=str(config.pretrained_on),
+            allow_overlap=config.allow_overlap,
+            crosswalk=crosswalk,
+        )
+        comment += f"; pretraining overlap with {config.pretrained_on.name}: {stamp}"
+        print(f"pretraining overlap with {config.pretrained_on}: {stamp}")
+    write_subjects(config.out, test, comment=comment)
     print(f"{len(train)} subjects to train on, {len(test)} held out: {config.out}")
 
 

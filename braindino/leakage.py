@@ -160,6 +160,10 @@ class Crosswalk:
         """Equal for ids that are at least probably one person's."""
         return _root(self._probable, _lowest_number_twin(person))
 
+    def person_of(self, subject_keys: Iterable[str]) -> dict[str, str]:
+        """``cohort/subject`` -> the person, equal for ids that are certainly one person's."""
+        return {key: self.certain_key(self.person(*key.split("/", maxsplit=1))) for key in subject_keys}
+
     def undecided(self, seen: Iterable[Scan], tested: Iterable[Scan]) -> list[str]:
         """What ids cannot tell about these two sets of scans, in words, a line for each pair of id spaces."""
         seen_spaces, tested_spaces = self._spaces(seen), self._spaces(tested)

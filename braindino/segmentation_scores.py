@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from braindino.atomic import write_json, write_text
+from braindino.leakage import UNKNOWN
 
 FORMAT_VERSION = 1
 EMPTY_NOTE = "empty in both prediction and reference: no Dice, not counted in the mean"
@@ -30,6 +31,8 @@ class SegmentationScores(NamedTuple):
     """case -> region -> Dice; NaN where the region is empty in both."""
     summary: dict[str, RegionSummary]
     """region -> mean over cases."""
+    pretraining_overlap: str = UNKNOWN
+    """What of the test subjects the encoder has seen in pretraining (``leakage.check_test_scans``)."""
 
 
 def write_scores(scores: SegmentationScores, out_dir: str | Path) -> None:
@@ -41,6 +44,7 @@ def write_scores(scores: SegmentationScores, out_dir: str | Path) -> None:
             "metric": "Dice",
             "undefined": EMPTY_NOTE,
             "floor": FLOOR_NOTE,
+            "pretraining_overlap": scores.pretraining_overlap,
             "regions": {
                 name: {
                     "mean": _or_null(row.mean),
@@ -75,7 +79,7 @@ def read_scores(path: str | Path) -> SegmentationScores:
         cases = {case: {name: _or_nan(dice) for name, dice in row.items()} for case, row in content["cases"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: {error}; expected the file that `braindino nnunet score` writes") from error
-    return SegmentationScores(cases, summary)
+    return SegmentationScores(cases, summary, content.get("pretraining_overlap", UNKNOWN))
 
 
 def format_mean(mean: float, sd: float) -> str:

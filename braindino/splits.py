@@ -13,7 +13,12 @@ from braindino.atomic import write_text
 
 
 def split_subjects(
-    subjects: Iterable[str], *, test_fraction: float, seed: int, strata: Mapping[str, str] | None = None
+    subjects: Iterable[str],
+    *,
+    test_fraction: float,
+    seed: int,
+    strata: Mapping[str, str] | None = None,
+    person_of: Mapping[str, str] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Train and test subjects, each sorted; disjoint by construction.
 
@@ -23,11 +28,18 @@ def split_subjects(
             each side.
         seed: the split is a function of the set of subjects, the strata and the seed.
         strata: subject -> group; every group is divided in the same proportion, as far as whole subjects allow.
+        person_of: subject -> person, where some subjects are one person under two ids (a follow-up); all ids of a
+            person land on one side, and persons are what is counted.
 
     Raises:
         ValueError: fewer than two subjects, a fraction outside (0, 1), or a subject without a stratum.
     """
-    unique = sorted(set(subjects))
+    by_person: dict[str, list[str]] = defaultdict(list)
+    for subject in sorted(set(subjects)):
+        by_person[subject if person_of is None else person_of[subject]].append(subject)
+    # A person goes by the first of their ids: a cohort without second ids is divided as if nobody had asked.
+    ids_of = {ids[0]: ids for ids in by_person.values()}
+    unique = sorted(ids_of)
     if len(unique) < 2:
         raise ValueError(f"found {len(unique)} subject(s); a split needs at least two")
     if not 0 < test_fraction < 1:
@@ -47,8 +59,8 @@ def split_subjects(
         for position, subject in enumerate(group)
     )
     num_test = min(max(round(test_fraction * len(unique)), 1), len(unique) - 1)
-    test = sorted(subject for _, _, subject in order[:num_test])
-    train = sorted(subject for _, _, subject in order[num_test:])
+    test = sorted(each for _, _, subject in order[:num_test] for each in ids_of[subject])
+    train = sorted(each for _, _, subject in order[num_test:] for each in ids_of[subject])
     return train, test
 
 
@@ -66,6 +78,12 @@ def nested_subsets(subjects: Iterable[str], ratios: Sequence[float], *, seed: in
         raise ValueError(f"ratios: found {bad}; expected shares above 0 and up to 1")
     order = [unique[i] for i in np.random.default_rng(seed).permutation(len(unique))]
     return {ratio: sorted(order[: max(1, round(ratio * len(order)))]) for ratio in ratios}
+
+
+def shared_persons(train: Iterable[str], test: Iterable[str], person_of: Mapping[str, str]) -> list[str]:
+    """Test subjects whose person is on the training side, too, under this or another id; sorted."""
+    trained = {person_of[subject] for subject in train}
+    return sorted({subject for subject in test if person_of[subject] in trained})
 
 
 def check_disjoint(train: Iterable[str], test: Iterable[str]) -> None:

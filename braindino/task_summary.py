@@ -1,7 +1,8 @@
-"""EVAL/<task>/summary.tsv: every number of a task beside its trivial baseline. Owner of the format (version 1).
+"""EVAL/<task>/summary.tsv: every number of a task beside its trivial baseline. Owner of the format (version 2).
 
 One row per encoder, label ratio, variant (such as the k of kNN) and metric; estimates are means over the seeds, and the
-interval is the 95 % bootstrap interval over subjects.
+interval is the 95 % bootstrap interval over subjects. ``pretraining_overlap`` says what of the test subjects the
+encoder has seen before (``braindino.leakage``); tables of version 1 have no such column and are read as ``unknown``.
 """
 
 import csv
@@ -9,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from braindino.atomic import write_text
+from braindino.leakage import UNKNOWN
 
 COLUMNS = (
     "encoder", "ratio", "variant", "metric", "estimate", "low", "high", "baseline", "baseline_low", "baseline_high",
     "baseline_name", "train_subjects", "test_subjects", "seeds", "data",
+    "pretraining_overlap",
 )  # fmt: skip
 
 
@@ -31,7 +34,9 @@ def read_task_summary(path: str | Path) -> list[dict[str, str]]:
     with Path(path).open(newline="", encoding="utf-8") as handle:
         reader = csv.DictReader(handle, delimiter="\t")
         rows = list(reader)
-    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    for row in rows:
+        row.setdefault("pretraining_overlap", UNKNOWN)
+    missing = [name for name in COLUMNS[:-1] if name not in (reader.fieldnames or ())]
     if missing or not rows or any(None in row.values() for row in rows):
         raise ValueError(
             f"{path}: columns {missing} are missing, {len(rows)} rows; "

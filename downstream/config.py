@@ -55,5 +55,11 @@ class EvaluateConfig:
     """Share of the subjects to test on."""
     test_subjects: Path | None = None
     """Subject list (as written by `braindino split`) to test on instead; all other subjects train."""
+    crosswalk: tuple[Path, ...] = ()
+    """Tables that join ids of different cohorts, as for `braindino audit`."""
+    allow_overlap: bool = False
+    """Test on subjects that an encoder was pretrained on; the results then say so."""
+    allow_subject_leak: bool = False
+    """Test on persons that are trained on under another id; the results then say so."""
     device: str = "auto"
     """Where the heads are trained: `auto`, `cpu`, `cuda`..."""

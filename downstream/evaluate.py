@@ -1,20 +1,21 @@
 """``python downstream/evaluate.py TASK --features DIR... --out EVAL``: numbers from frozen features, in minutes."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
 import tyro
 
 from braindino.downstream.config import EvaluateConfig
-from braindino.downstream.evaluation import make_split, run_trials, select_cases
+from braindino.downstream.evaluation import Cases, Split, make_split, run_trials, select_cases
 from braindino.downstream.labels import labels_of, read_labels
 from braindino.downstream.results import data_note, format_summary, hash_scans, summarise, write_seed
 from braindino.downstream.tasks import TASKS, KnnProbe
 from braindino.feature_table import FeatureTable
+from braindino.leakage import Crosswalk, check_test_scans, exposure_of_encoder
 from braindino.provenance import versions
-from braindino.splits import read_subjects
+from braindino.splits import read_subjects, shared_persons
 from braindino.task_summary import write_task_summary
 
 
@@ -59,6 +60,7 @@ def _run(config: EvaluateConfig, *, command: list[str]) -> None:
     for reason, count in cases.left_out.items():
         print(f"left out: {count} scans, {reason}")
 
+    crosswalk = Crosswalk(config.crosswalk)
     test_subjects = read_subjects(config.test_subjects) if config.test_subjects else None
     splits = [
         make_split(
@@ -68,9 +70,11 @@ def _run(config: EvaluateConfig, *, command: list[str]) -> None:
             ratios=config.ratios,
             test_fraction=config.test_fraction,
             test_subjects=test_subjects,
+            person_of=crosswalk.person_of(cases.subjects),
         )
         for seed in config.seeds
     ]
+    stamps = _overlap_stamps(config, tables, cases, splits, crosswalk)
     trials_of_encoder = {}
     for name, table in tables.items():
         row_of_scan = {scan.scan_id: row for row, scan in enumerate(table.scans)}
@@ -86,11 +90,11 @@ def _run(config: EvaluateConfig, *, command: list[str]) -> None:
         for split in splits:
             trials = [trial for trial in trials_of_encoder[name] if trial.seed == split.seed]
             folder = config.out / task.name / name / f"seed_{split.seed}"
-            write_seed(folder, task, cases, split, trials, provenance=provenance)
+            write_seed(folder, task, cases, split, trials, provenance=provenance, pretraining_overlap=stamps[name])
         num_far = sum(trial.num_far_outside for trial in trials_of_encoder[name])
         if num_far:
             print(f"warning: {name}: {num_far} predictions lie beyond the training range by more than half its width")
-    rows = summarise(task, cases, trials_of_encoder)
+    rows = summarise(task, cases, trials_of_encoder, pretraining_overlap=stamps)
     write_task_summary(config.out / task.name / "summary.tsv", rows)
     print(format_summary(rows))
     if isinstance(task.head, KnnProbe):
@@ -100,6 +104,47 @@ def _run(config: EvaluateConfig, *, command: list[str]) -> None:
             if missing:
                 print(f"ratio {ratio:g}: left out k = {', '.join(missing)}, larger than the memory bank")
     print(f"means over {len(splits)} seed(s); {config.out / task.name / 'summary.tsv'}")
+
+
+def _overlap_stamps(
+    config: EvaluateConfig,
+    tables: Mapping[str, FeatureTable],
+    cases: Cases,
+    splits: Sequence[Split],
+    crosswalk: Crosswalk,
+) -> dict[str, str]:
+    """Return encoder name -> what of the test subjects was seen before, in pretraining or under another id.
+
+    Raises:
+        ValueError: something was, and it was not allowed.
+    """
+    leaks = sorted(
+        {
+            subject
+            for split in splits
+            for subject in shared_persons(split.train, split.test, crosswalk.person_of(cases.subjects))
+        }
+    )
+    if leaks and not config.allow_subject_leak:
+        raise ValueError(
+            f"{len(leaks)} test subjects are also trained on, under another id: {', '.join(leaks[:10])}"
+            f"{' ...' if len(leaks) > 10 else ''}. Put all ids of a person on the test list, or go on with "
+            "--allow-subject-leak, which marks the results"
+        )
+    tested = {subject for split in splits for subject in split.test}
+    scans = [scan for scan in cases.scans if scan.subject_key in tested]
+    stamps = {}
+    for name, table in tables.items():
+        stamp = check_test_scans(
+            exposure_of_encoder(table.table_dir),
+            scans,
+            model=f"encoder {name}",
+            allow_overlap=config.allow_overlap,
+            crosswalk=crosswalk,
+        )
+        print(f"pretraining overlap of {name}: {stamp}")
+        stamps[name] = stamp + (f"; subject leak: {len(leaks)} trained on under another id" if leaks else "")
+    return stamps
 
 
 def _open_tables(config: EvaluateConfig) -> dict[str, FeatureTable]:

@@ -195,6 +195,7 @@ def make_split(
     ratios: Sequence[float],
     test_fraction: float,
     test_subjects: Sequence[str] | None,
+    person_of: Mapping[str, str] | None = None,
 ) -> Split:
     """Return a split by subject with nested label ratios.
 
@@ -208,6 +209,8 @@ def make_split(
         ratios: shares of the training subjects.
         test_fraction: share of the subjects to test on, unless they are given.
         test_subjects: fixed subjects to test on; those without cases are passed over.
+        person_of: subject -> person, where some subjects are one person under two ids; a drawn split keeps a person
+            on one side.
 
     Raises:
         ValueError: one side would be empty.
@@ -228,7 +231,9 @@ def make_split(
             for subject, target in zip(cases.subjects, cases.targets, strict=True):
                 classes[subject].add(task.classes[int(target)])
             strata = {subject: "+".join(sorted(values)) for subject, values in classes.items()}
-        train, test = split_subjects(subjects, test_fraction=test_fraction, seed=seed, strata=strata)
+        train, test = split_subjects(
+            subjects, test_fraction=test_fraction, seed=seed, strata=strata, person_of=person_of
+        )
     check_disjoint(train, test)
     return Split(seed, train, test, nested_subsets(train, ratios, seed=seed))
 

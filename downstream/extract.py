@@ -11,6 +11,7 @@ import tyro
 from braindino.downstream.config import ExtractConfig
 from braindino.downstream.extraction import extract_features, load_slice_encoder
 from braindino.feature_table import FeatureTableWriter
+from braindino.leakage import EXPOSURE_FILE, exposure_of_encoder, write_exposure
 from braindino.lock import lock_folder
 from braindino.manifest import read_scans, write_scans
 from braindino.progress import track
@@ -48,6 +49,10 @@ def _run(config: ExtractConfig) -> int:
             config.out, encoder_name=encoder.name, encoder_sha256=encoder.sha256, preparation=preparation
         ) as writer,
     ):
+        # What the encoder has seen travels with its features, so that evaluate can tell who must not be tested on.
+        exposure = exposure_of_encoder(config.encoder)
+        if exposure is not None:
+            write_exposure(config.out / EXPOSURE_FILE, exposure)
         outcome = extract_features(
             scans,
             prepared_dir=config.prepared,

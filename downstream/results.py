@@ -28,9 +28,26 @@ SIMULATED = "SIMULATED data"
 
 
 def write_seed(
-    folder: Path, task: Task, cases: Cases, split: Split, trials: Sequence[Trial], *, provenance: Mapping[str, Any]
+    folder: Path,
+    task: Task,
+    cases: Cases,
+    split: Split,
+    trials: Sequence[Trial],
+    *,
+    provenance: Mapping[str, Any],
+    pretraining_overlap: str,
 ) -> None:
-    """Write the three files of one encoder under one seed."""
+    """Write the three files of one encoder under one seed.
+
+    Args:
+        folder: of that encoder and seed.
+        task: row of the task table.
+        cases: of the task.
+        split: under that seed.
+        trials: of that encoder and seed.
+        provenance: where the numbers come from.
+        pretraining_overlap: what of the test subjects the encoder has seen before (``leakage.check_test_scans``).
+    """
     results = [
         {
             "ratio": trial.ratio,
@@ -50,6 +67,7 @@ def write_seed(
             "format_version": FORMAT_VERSION,
             "task": asdict(task),
             "data": data_note(cases.scans),
+            "pretraining_overlap": pretraining_overlap,
             "seed": split.seed,
             "num_cases": len(cases.scans),
             "left_out": cases.left_out,
@@ -70,9 +88,15 @@ def write_seed(
     write_text(folder / "predictions.csv", _predictions_csv(task, cases, trials))
 
 
-def summarise(task: Task, cases: Cases, trials_of_encoder: Mapping[str, Sequence[Trial]]) -> list[dict[str, str]]:
-    """Return the rows of ``summary.tsv``: ratio by ratio, encoders side by side, each number the mean over the
-    seeds."""
+def summarise(
+    task: Task,
+    cases: Cases,
+    trials_of_encoder: Mapping[str, Sequence[Trial]],
+    *,
+    pretraining_overlap: Mapping[str, str],
+) -> list[dict[str, str]]:
+    """Return the rows of ``summary.tsv``: ratio by ratio, encoders side by side, each number the mean over the seeds,
+    with what each encoder has seen of the test subjects before."""
     groups: dict[tuple[float, str], dict[str, list[Trial]]] = defaultdict(dict)
     for encoder, trials in trials_of_encoder.items():
         for trial in trials:
@@ -98,6 +122,7 @@ def summarise(task: Task, cases: Cases, trials_of_encoder: Mapping[str, Sequence
                         "test_subjects": str(score.value.n),
                         "seeds": str(len(trials)),
                         "data": data_note(cases.scans),
+                        "pretraining_overlap": pretraining_overlap[encoder],
                     }
                 )
     return rows

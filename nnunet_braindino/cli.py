@@ -44,6 +44,12 @@ class ConvertBids:
     """Input channels, in this order."""
     cohort: str | None = None
     """The part before the slash in that list; the folder's name by default."""
+    pretrained_on: Path | None = None
+    """Encoder, run or store: test subjects that it has seen are refused, and the scores say what was found."""
+    crosswalk: tuple[Path, ...] = ()
+    """Tables that join ids of different cohorts, as for `braindino audit`."""
+    allow_overlap: bool = False
+    """Convert all the same; the scores then say so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,12 @@ class ConvertPairs:
     """List of cohort/subject that go to imagesTs; what the '*' stands for is the subject."""
     cohort: str | None = None
     """The part before the slash in that list; the name of the images' folder by default."""
+    pretrained_on: Path | None = None
+    """Encoder, run or store: test subjects that it has seen are refused, and the scores say what was found."""
+    crosswalk: tuple[Path, ...] = ()
+    """Tables that join ids of different cohorts, as for `braindino audit`."""
+    allow_overlap: bool = False
+    """Convert all the same; the scores then say so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,15 +157,17 @@ def _run(command: ConvertBids | ConvertPairs | Score | Env | Doctor) -> int:
 def _convert_bids(command: ConvertBids) -> int:
     cohort = command.cohort or command.bids.resolve().name
     cases = convert.find_bids_cases(command.bids, cohort=cohort, sequences=command.sequences)
+    test_subjects = convert.choose_test_subjects(cases, command.test_subjects)
+    stamp = _overlap_stamp(command, cases, command.sequences, test_subjects)
     written = convert.write_dataset(
         cases,
         dataset_id=command.dataset_id,
         name=command.name,
         channels=command.sequences,
         labels=convert.TUMOR_REGIONS,
-        test_subjects=convert.choose_test_subjects(cases, command.test_subjects),
+        test_subjects=test_subjects,
     )
-    return _report_conversion(written, command.dataset_id)
+    return _report_conversion(written, command, stamp)
 
 
 def _convert_pairs(command: ConvertPairs) -> int:
@@ -163,20 +177,41 @@ def _convert_pairs(command: ConvertPairs) -> int:
         )
     cohort = command.cohort or Path(command.images[0]).resolve().parent.name
     cases = convert.find_paired_cases(command.images, command.labels, cohort=cohort)
+    test_subjects = convert.choose_test_subjects(cases, command.test_subjects)
+    stamp = _overlap_stamp(command, cases, command.channels, test_subjects)
     written = convert.write_dataset(
         cases,
         dataset_id=command.dataset_id,
         name=command.name,
         channels=command.channels,
         labels={name: value for value, name in enumerate(command.label_names, start=1)},
-        test_subjects=convert.choose_test_subjects(cases, command.test_subjects),
+        test_subjects=test_subjects,
     )
-    return _report_conversion(written, command.dataset_id)
+    return _report_conversion(written, command, stamp)
 
 
-def _report_conversion(written: convert.Conversion, dataset_id: int) -> int:
+def _overlap_stamp(
+    command: ConvertBids | ConvertPairs, cases: list[convert.Case], channels: Sequence[str], test_subjects: list[str]
+) -> str | None:
+    """What of the test subjects was pretrained on; None where nobody asked."""
+    if command.pretrained_on is None:
+        return None
+    return convert.check_against_pretraining(
+        cases,
+        channels=channels,
+        test_subjects=test_subjects,
+        pretrained_on=command.pretrained_on,
+        crosswalk=command.crosswalk,
+        allow_overlap=command.allow_overlap,
+    )
+
+
+def _report_conversion(written: convert.Conversion, command: ConvertBids | ConvertPairs, stamp: str | None) -> int:
     print(f"{written.folder}: {written.num_training} cases to train on, {written.num_test} to test on")
-    print(f"next: nnUNetv2_plan_and_preprocess -d {dataset_id} -c 2d")
+    if stamp is not None and command.pretrained_on is not None:
+        convert.write_overlap(written.folder, pretrained_on=command.pretrained_on, stamp=stamp)
+        print(f"pretraining overlap with {command.pretrained_on}: {stamp}")
+    print(f"next: nnUNetv2_plan_and_preprocess -d {command.dataset_id} -c 2d")
     return 0
 
 
@@ -185,8 +220,10 @@ def _score(command: Score) -> int:
     images = command.images or _images_beside(command.references)
     with_images = images.is_dir()
     scores = evaluate.score_folder(command.predictions, command.references, images=images if with_images else None)
+    scores = scores._replace(pretraining_overlap=convert.read_overlap(command.references.resolve().parent))
     write_scores(scores, out)
     print(evaluate.format_summary(scores))
+    print(f"pretraining overlap: {scores.pretraining_overlap}")
     if with_images:
         evaluate.draw_overlay(
             command.predictions, command.references, images, out / "overlay.png", cases=evaluate.overlay_cases(scores)

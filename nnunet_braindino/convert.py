@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from braindino.atomic import write_json
-from braindino.manifest import SEQUENCES
+from braindino.audit import add_fingerprints
+from braindino.leakage import UNKNOWN, Crosswalk, check_test_scans, read_exposure
+from braindino.manifest import SEQUENCES, Scan
 from braindino.progress import track
 from braindino.splits import read_subjects
 from braindino.volume import load_labels, load_volume, save_array
@@ -32,6 +34,8 @@ RAW_VARIABLE = "nnUNet_raw"
 NUM_FOLDS = 5
 FOLD_SEED = 0
 FILE_ENDING = ".nii.gz"
+
+OVERLAP_FILE = "pretraining_overlap.json"
 
 LabelDefinition = int | tuple[int, ...]
 
@@ -283,6 +287,63 @@ def choose_test_subjects(cases: Iterable[Case], subjects_file: Path | None) -> l
             f"{present[:3]}; if only the part before the slash differs, give it with --cohort"
         )
     return chosen
+
+
+def check_against_pretraining(
+    cases: Sequence[Case],
+    *,
+    channels: Sequence[str],
+    test_subjects: Collection[str],
+    pretrained_on: Path,
+    crosswalk: Iterable[Path] = (),
+    allow_overlap: bool,
+) -> str:
+    """The stamp for scores on these cases: what of them an encoder has seen.
+
+    The images of the test subjects are compared by voxels, looks and ids; without test subjects those of all, since
+    every case is then scored in cross-validation.
+
+    Args:
+        cases: of the dataset.
+        channels: sequence of each image of a case.
+        test_subjects: ``cohort/subject`` keys.
+        pretrained_on: encoder, run, store or prepared folder.
+        crosswalk: tables that join ids.
+        allow_overlap: stamp an overlap instead of refusing it.
+
+    Raises:
+        ValueError: something was pretrained on, and it was not allowed; names it.
+    """
+    exposure = read_exposure(pretrained_on)
+    tested = [case for case in cases if not test_subjects or case.subject in set(test_subjects)]
+    scans = [
+        add_fingerprints(Scan(str(path), *case.subject.split("/", maxsplit=1), sequence=channel))
+        for case in track(tested, desc="compare with pretraining")
+        for path, channel in zip(case.images, channels, strict=True)
+    ]
+    return check_test_scans(
+        exposure, scans, model=str(pretrained_on), allow_overlap=allow_overlap, crosswalk=Crosswalk(crosswalk)
+    )
+
+
+def write_overlap(dataset_dir: Path, *, pretrained_on: Path, stamp: str) -> None:
+    """Write the stamp beside the dataset, where scoring finds it."""
+    write_json(dataset_dir / OVERLAP_FILE, {"pretrained_on": str(pretrained_on), "pretraining_overlap": stamp})
+
+
+def read_overlap(dataset_dir: Path) -> str:
+    """The stamp of a dataset; ``unknown`` where nobody asked.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = dataset_dir / OVERLAP_FILE
+    if not path.exists():
+        return f"{UNKNOWN}: the dataset was converted without --pretrained-on"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["pretraining_overlap"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r}); convert the dataset again") from error
 
 
 def _split_keys(subjects_file: Path) -> list[tuple[str, str, str]]:

@@ -4,7 +4,8 @@
 
 Recipes are the starting points (stage1, stage2, debug, demo); every setting is a flag, and `--config FILE` lays the
 settings of a YAML file over the recipe. Starting again with the same --out resumes. RUN then holds config.yaml,
-run.json, metrics.jsonl, progress.png, checkpoints/ and encoder/ (the teacher, for `braindino.load_encoder`).
+run.json, metrics.jsonl, progress.png, checkpoints/ and encoder/ (the teacher, for `braindino.load_encoder`, and
+pretrained_on.tsv, the scans that it has seen).
 """
 
 import argparse
@@ -38,6 +39,7 @@ from braindino.pretrain.distillation import (
     distillation_objective,
     expected_initial_loss,
 )
+from braindino.pretrain.exposure import record_exposure
 from braindino.pretrain.interruption import stop_on_signal
 from braindino.pretrain.optimizer import build_adamw, clip_gradients, parameter_groups, set_rates, update_teacher
 from braindino.pretrain.progress import draw_progress
@@ -151,6 +153,9 @@ def pretrain(config: PretrainConfig, *, recipe: str) -> None:
             optimizer.load_state_dict(checkpoint.state["optimizer"])
         elif config.init_from is not None:
             start_from_teacher(student, teacher, config.init_from)
+        record_exposure(
+            config.out / "encoder", store, usable, init_from=config.init_from, resumed=checkpoint is not None
+        )
         metrics_path = config.out / "metrics.jsonl"
         drop_metrics_after(metrics_path, start)
         describe(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from braindino.leakage import NO_OVERLAP
 from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, read_scans
 from braindino.metrics_log import read_metrics
 from braindino.provenance import versions
@@ -230,6 +231,7 @@ def segmentation_section(root: Path) -> Content:
         }
         parts += [
             table(["predictions", "cases", *regions], lines, caption=caption),
+            _overlap_notice({name: scores[name].pretraining_overlap for name in names}),
             _drawn(figures.dice_figure(of_case, regions), "Dice of every case (small dots) and its mean (large)."),
         ]
     overlays = []
@@ -353,7 +355,14 @@ def _task_parts(path: Path, rows: Sequence[Mapping[str, str]]) -> list[object]:
         "baseline",
         "which",
     ]
-    return [_drawn(drawn, caption), table(header, lines, tall=len(lines) > TALL_FROM_ROWS)]
+    stamps = {row["encoder"]: row["pretraining_overlap"] for row in rows}
+    return [_drawn(drawn, caption), _overlap_notice(stamps), table(header, lines, tall=len(lines) > TALL_FROM_ROWS)]
+
+
+def _overlap_notice(stamps: Mapping[str, str]) -> Html | None:
+    """What of the test subjects was pretrained on, or is not known; nothing where all is known to be clean."""
+    told = [f"{name}: {stamp}" for name, stamp in stamps.items() if stamp != NO_OVERLAP]
+    return element("p", element("b", "Pretraining overlap. "), ". ".join(told)) if told else None
 
 
 def _estimate(label: str, numbers: Sequence[str], series: int | None) -> figures.Estimate:

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from braindino.splits import check_disjoint, nested_subsets, read_subjects, split_subjects, write_subjects
+from braindino.splits import (
+    check_disjoint,
+    nested_subsets,
+    read_subjects,
+    shared_persons,
+    split_subjects,
+    write_subjects,
+)
 
 SUBJECTS = [f"s{i:03d}" for i in range(100)]
 
@@ -65,3 +72,18 @@ def test_a_subject_list_survives_a_round_trip_and_names_a_bad_line(tmp_path: Pat
     (tmp_path / "test.txt").write_text("ixi/1\n\nsub-7 # no cohort\n")
     with pytest.raises(ValueError, match=r"line 3: found 'sub-7'; expected cohort/subject"):
         read_subjects(tmp_path / "test.txt")
+
+
+def test_all_ids_of_a_person_land_on_one_side_and_nobody_else_moves() -> None:
+    person_of = {s: ("s000" if s in ("s050", "s099") else s) for s in SUBJECTS}
+    for seed in range(8):
+        train, test = split_subjects(SUBJECTS, test_fraction=0.3, seed=seed, person_of=person_of)
+        assert sorted(train + test) == SUBJECTS
+        assert len({s in test for s in ("s000", "s050", "s099")}) == 1
+        assert len({person_of[s] for s in test}) == round(0.3 * 98)
+        assert shared_persons(train, test, person_of) == []
+    alone = {s: s for s in SUBJECTS}
+    assert split_subjects(SUBJECTS, test_fraction=0.3, seed=1, person_of=alone) == split_subjects(
+        SUBJECTS, test_fraction=0.3, seed=1
+    )
+    assert shared_persons(["s000", "s001"], ["s099", "s002"], person_of) == ["s099"]

@@ -9,6 +9,7 @@ from braindino.downstream.evaluation import Prediction, count_far_outside, make_
 from braindino.downstream.results import data_note
 from braindino.downstream.tasks import TASKS
 from braindino.feature_table import FeatureTableWriter
+from braindino.leakage import Exposure, write_exposure
 from braindino.manifest import SEQUENCES, Scan
 
 
@@ -172,3 +173,51 @@ def test_mistakes_of_the_user_end_in_one_message(cohort, capsys):
     (cohort / "list.txt").write_text("other/01\n")
     assert evaluate(cohort, "sequence", "--test-subjects", str(cohort / "list.txt")) == 1
     assert "holds 0 of the 20 subjects with cases" in capsys.readouterr().err
+
+
+def test_test_subjects_that_were_pretrained_on_are_refused_or_stamped_on_every_result(cohort, capsys):
+    (cohort / "held_out.txt").write_text("c/00\nc/07\n")
+    arguments = ("--ratios", "1.0", "--seeds", "0", "--test-subjects", str(cohort / "held_out.txt"))
+    write_exposure(cohort / "good" / "pretrained_on.tsv", Exposure((Scan("", "c", "07"), Scan("", "c", "12"))))
+    assert evaluate(cohort, "sequence", *arguments) == 1
+    error = capsys.readouterr().err
+    assert "1 of 2 test subjects were seen when encoder good was pretrained: c/07 (same_subject: c/07)" in error
+    assert "--allow-overlap" in error and not (cohort / "eval").exists()
+
+    assert evaluate(cohort, "sequence", *arguments, "--allow-overlap") == 0
+    stamps = {row["encoder"]: row["pretraining_overlap"] for row in summary(cohort, "sequence")}
+    assert stamps["good"].startswith("1 of 2 test subjects: same_subject 1; 8 of 8 test scans have no fingerprint")
+    assert stamps["noise"] == "unknown: encoder noise has no pretrained_on.tsv"
+    for name, stamp in stamps.items():
+        metrics = json.loads((cohort / "eval" / "sequence" / name / "seed_0" / "metrics.json").read_text())
+        assert metrics["pretraining_overlap"] == stamp
+
+    # Pretrained on training subjects only: that is what the exclusion list is for.
+    for name in ("good", "noise"):
+        write_exposure(cohort / name / "pretrained_on.tsv", Exposure((Scan("", "c", "12"),)))
+    assert evaluate(cohort, "sequence", *arguments) == 0
+    assert {row["pretraining_overlap"].partition(";")[0] for row in summary(cohort, "sequence")} == {"none"}
+
+
+def test_a_person_with_two_ids_stays_on_one_side_unless_a_list_says_otherwise(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    names = [f"UPENN-GBM-{n:05d}_{visit}" for n in range(6) for visit in (11, 21)]
+    with FeatureTableWriter(tmp_path / "e", encoder_name="e", encoder_sha256="e", preparation={}) as writer:
+        for name in names:
+            for sequence in ("T1", "T2"):
+                writer.add(Scan(f"/{name}_{sequence}.nii", "upenn", name, "", sequence), rng.random((2, 4)))
+    base = ["knn_sequence", "--features", str(tmp_path / "e"), "--out", str(tmp_path / "eval"), "--ratios", "1.0"]
+    assert main(base) == 0
+    for seed in range(3):
+        splits = json.loads((tmp_path / "eval" / "knn_sequence" / "e" / f"seed_{seed}" / "splits.json").read_text())
+        persons = [{subject[:-3] for subject in splits[side]} for side in ("train", "test")]
+        assert not persons[0] & persons[1] and len(splits["test"]) == 4
+    (tmp_path / "list.txt").write_text("upenn/UPENN-GBM-00000_21\nupenn/UPENN-GBM-00001_11\nupenn/UPENN-GBM-00001_21\n")
+    base += ["--seeds", "0", "--test-subjects", str(tmp_path / "list.txt")]
+    assert main(base) == 1
+    error = capsys.readouterr().err
+    assert "1 test subjects are also trained on, under another id: upenn/UPENN-GBM-00000_21." in error
+    assert main([*base, "--allow-subject-leak"]) == 0
+    with (tmp_path / "eval" / "knn_sequence" / "summary.tsv").open(newline="") as handle:
+        stamps = {row["pretraining_overlap"] for row in csv.DictReader(handle, delimiter="\t")}
+    assert stamps == {"unknown: encoder e has no pretrained_on.tsv; subject leak: 1 trained on under another id"}

@@ -7,6 +7,7 @@ import torch
 from braindino.downstream.extract import main
 from braindino.downstream.intensity import encode_intensity
 from braindino.feature_table import FeatureTable
+from braindino.leakage import Exposure, exposure_of_encoder, write_exposure
 from braindino.manifest import Scan, load_brain, mask_path, read_scans, write_scans
 from braindino.slices import axial_slices, uniform_indices
 from braindino.transforms import standardize
@@ -113,7 +114,7 @@ def test_a_broken_scan_ends_as_a_row_with_a_reason_and_the_rest_is_done(prepared
     assert FeatureTable(tmp_path / "features").scans == [scans[1]]
     (row,) = read_scans(tmp_path / "features" / "quarantined.tsv")
     assert (row.scan_id, row.status) == (scans[0].scan_id, "quarantined")
-    assert row.reason.startswith("unreadable: ")
+    assert row.reason.startswith("truncated: ")
     assert "sub-01_T1.nii.gz" in capsys.readouterr().err
 
 
@@ -142,3 +143,14 @@ def test_intensity_features_are_a_density_and_a_coarse_mean_slice():
     torch.testing.assert_close(grid[:8, :8], torch.full((8, 8), 1.1))
     torch.testing.assert_close(grid[8:, 8:], torch.full((8, 8), -9.0))
     assert grid[:8, 8:].abs().max() == 0
+
+
+def test_what_the_encoder_was_pretrained_on_travels_with_its_features(prepared, encoder_dir, tmp_path):
+    assert extract(prepared, encoder_dir, tmp_path / "before") == 0
+    assert exposure_of_encoder(tmp_path / "before") is None
+    seen = Exposure((Scan("", "phantom", "01", sequence="T1", content_hash="c"),))
+    write_exposure(encoder_dir / "pretrained_on.tsv", seen)
+    assert extract(prepared, encoder_dir, tmp_path / "features") == 0
+    assert exposure_of_encoder(tmp_path / "features") == seen
+    assert extract(prepared, "intensity", tmp_path / "intensity") == 0
+    assert exposure_of_encoder(tmp_path / "intensity") == Exposure()

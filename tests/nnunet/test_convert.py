@@ -6,6 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from braindino.audit import add_fingerprints
+from braindino.leakage import Exposure, write_exposure
+from braindino.manifest import Scan
+from braindino.segmentation_scores import read_scores
 from braindino.volume import load_labels, load_volume, save_array
 from nnunet_braindino import cli, convert
 
@@ -214,3 +218,28 @@ def test_patterns_without_one_star_and_files_without_a_partner_are_refused(tmp_p
     (tmp_path / "x_t1.nii.gz").touch()
     with pytest.raises(ValueError, match=r"1 files are missing for 1 cases, the first is .*x_seg.nii.gz"):
         convert.find_paired_cases([f"{tmp_path}/*_t1.nii.gz"], f"{tmp_path}/*_seg.nii.gz", cohort="c")
+
+
+def test_test_subjects_that_were_pretrained_on_are_refused_or_stamped_on_the_scores(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "test.txt").write_text("cohort/02\ncohort/03\n")
+    # The same image under another name in another cohort: an image of subject 03.
+    scan = add_fingerprints(Scan(str(cohort / "sub-03" / "ses-1" / "anat" / "sub-03_ses-1_T2w.nii.gz"), "gli", "x9"))
+    write_exposure(tmp_path / "encoder" / "pretrained_on.tsv", Exposure((scan,)))
+    # All phantoms are alike; these are to differ between subjects.
+    write_visit(cohort, "02", "1", offset=20.0)
+    write_visit(cohort, "02", "2", offset=30.0)
+    options = ("--test-subjects", str(tmp_path / "test.txt"), "--pretrained-on", str(tmp_path / "encoder"))
+    assert convert_bids(cohort, *options) == 1
+    error = capsys.readouterr().err
+    assert "1 of 2 test subjects were seen when" in error and "cohort/03 (same_voxels: gli/x9)" in error
+    assert not (tmp_path / "raw").exists()
+    assert convert_bids(cohort, *options, "--allow-overlap") == 0
+    dataset = tmp_path / "raw" / "Dataset007_Tumor"
+    assert convert.read_overlap(dataset) == "1 of 2 test subjects: same_voxels 1"
+    assert cli.main(["score", str(dataset / "labelsTs"), str(dataset / "labelsTs"), "--out", str(tmp_path / "s")]) == 0
+    assert read_scores(tmp_path / "s" / "scores.json").pretraining_overlap == "1 of 2 test subjects: same_voxels 1"
+    (dataset / "pretraining_overlap.json").unlink()
+    assert cli.main(["score", str(dataset / "labelsTs"), str(dataset / "labelsTs"), "--out", str(tmp_path / "s")]) == 0
+    assert "pretraining overlap: unknown: the dataset was converted without --pretrained-on" in capsys.readouterr().out
