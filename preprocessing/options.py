@@ -13,40 +13,68 @@ SkullStripName = Literal["hd-bet", "hd-bet-offline", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """Turn raw scans into brain masks and a slice store, with a row in DIR/scans.tsv for every input file.
+    """Turn raw scans into brain masks and a slice store, with a row in DIR/scans.tsv for every input.
 
-    SOURCE is a folder, a file or a quoted pattern such as 'data/**/*_T1w.nii.gz'; BIDS datasets are understood. Run
-    it again to go on after an interruption or to add other sources to the same DIR: only what is missing or changed
-    is done. Exit code 0: all done; 3: finished, but some scans are quarantined.
+    SOURCE is a folder, a file or a quoted pattern such as 'data/**/*_T1w.nii.gz'; BIDS datasets are understood, and
+    with --cohort any cohort that `braindino cohorts` lists. Run it again to go on after an interruption or to add
+    other sources to the same DIR: only what is missing or changed is done. Exit code 0: all done; 3: finished, but
+    some scans are quarantined.
     """
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
     """Folders, files or quoted glob patterns."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder of the results: scans.tsv, store/, masks/, montages/, cases/."""
+    """Folder of the results: scans.tsv, quality.tsv, store/, masks/, montages/, quarantine/, cases/, converted/."""
+    cohort: str = ""
+    """Which published cohort this is: a name that `braindino cohorts` lists, or a YAML file of the same form. It says
+    how files, identifiers and sequences are read. Without it, names are read as they come."""
+    cohort_name: str = ""
+    """What to call the dataset; by default its cohort's name, or else the name of each source folder."""
     skull_strip: SkullStripName = "none"
     """Tool for the brain masks. Scans that are stripped already are recognised and left as they are."""
-    jobs: int = min(4, os.cpu_count() or 1)
-    """Processes; each needs about 1 GB, 3 GB with skull-stripping. 0 works without processes, for debugging."""
+    mirroring: bool = False
+    """Average the masks over mirrored copies of each scan: eight times the time for a slightly better border."""
+    accept: Path | None = None
+    """Text file with the scan_ids (first column, # for comments) of masks that the quality gate stopped and that you
+    have looked at and found good."""
+    jobs: int | None = None
+    """Processes; each needs about 1 GB, 3 GB with skull-stripping. By default up to 4, or one per GPU when stripping
+    on GPUs. 0 works without processes, for debugging."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where skull-stripping runs; auto takes all GPUs when there are any."""
+    scheduler: Annotated[str, tyro.conf.arg(metavar="ADDRESS")] = ""
+    """Work on an existing Dask cluster: tcp://host:port or a scheduler file; --jobs then means nothing."""
+    part: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+    """Do only the I-th of N parts (1 to N), as in a job array; when all are done, run once more without it."""
+    of: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Number of parts."""
     seed: int = 0
     """Of the choice of 128 slices per scan."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where skull-stripping runs; auto takes a GPU when there is one."""
-    cohort: str = ""
-    """Name of the dataset; by default the name of each source folder."""
     sequence: Literal["T1", "T1c", "T2", "FLAIR"] | None = None
     """Sequence of the files whose name does not tell it; they are 'unknown' otherwise."""
     subject_pattern: str = ""
     """Regular expression searched in each path below its source, with a named group 'subject' and, if wanted,
-    'session' and 'sequence', e.g. '(?P<subject>BraTS-GLI-[0-9]+)-(?P<session>[0-9]+)'."""
+    'session' and 'sequence': '(?P<subject>P[0-9]+)/(?P<session>[0-9]+)'."""
+    recheck: bool = False
+    """Read all bytes again to see whether an input has changed, instead of trusting its size and time of change."""
     dry_run: bool = False
-    """Only tell what would be done."""
+    """Only tell what would be taken and left, and estimate slices, gigabytes and hours from a few scans."""
+    probe: int = 6
+    """Scans that a dry run prepares, outside DIR, for its estimate; 0 gives none."""
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("SOURCE: none given; expected at least one folder, file or quoted pattern")
-        if self.jobs < 0:
+        if self.jobs is not None and self.jobs < 0:
             raise ValueError(f"--jobs: found {self.jobs}; expected 0 or more")
+        if self.probe < 0:
+            raise ValueError(f"--probe: found {self.probe}; expected 0 or more")
+        if (self.part is None) != (self.of is None):
+            raise ValueError("--part I and --of N belong together")
+        if self.part is not None and self.of is not None and not 1 <= self.part <= self.of:
+            raise ValueError(f"--part {self.part} --of {self.of}: expected a part from 1 to {self.of}")
+        if self.scheduler and self.part is not None:
+            raise ValueError("--scheduler and --part both divide the work; give one of them")
         self.compiled_subject_pattern()
 
     def compiled_subject_pattern(self) -> re.Pattern[str] | None:
@@ -63,3 +91,9 @@ class PrepareOptions:
                 "expected (?P<subject>...) and, if wanted, (?P<session>...) and (?P<sequence>...)"
             )
         return pattern
+
+    def num_jobs(self, num_gpus: int) -> int:
+        """Processes to start, on a machine with so many GPUs to strip on."""
+        if self.jobs is not None:
+            return self.jobs
+        return num_gpus or min(4, os.cpu_count() or 1)

@@ -1,10 +1,11 @@
 """Prepare raw scans: ``python preprocessing/prepare.py SOURCE... --out DIR --skull-strip TOOL --jobs N``."""
 
+import hashlib
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,12 @@ import tyro
 
 from braindino.lock import lock_folder
 from braindino.manifest import Scan
-from braindino.preprocessing.cases import Case, CaseFolder, remove_case, write_case
-from braindino.preprocessing.discovery import describe_inputs, find_inputs
+from braindino.preprocessing.cases import Case, CaseFolder, input_path, remove_case, write_case
+from braindino.preprocessing.cohort_table import load_cohort
+from braindino.preprocessing.dask_engine import run_on_dask
+from braindino.preprocessing.discovery import Candidate, find_candidates
+from braindino.preprocessing.duplicates import resolve_duplicates
+from braindino.preprocessing.estimate import estimate, free_bytes
 from braindino.preprocessing.montage import draw_montages
 from braindino.preprocessing.options import PrepareOptions
 from braindino.preprocessing.preparation import STORE_CONTRACT, ScanPreparer, Settings
@@ -46,122 +51,227 @@ def prepare(options: PrepareOptions) -> int:
 
     Raises:
         ValueError: a source, a name or the skull-strip tool is not usable; another process works in the folder.
-        OSError: the folder cannot be written, or the disk is full; what was finished before is kept.
+        OSError: the folder cannot be written, the disk is full, or a source folder is gone; what was finished before
+            is kept.
     """
-    scans, skipped = _find(options)
-    settings = _settings(options)
-    preparer = ScanPreparer(
-        options.out,
-        settings,
-        device=_device(options),
-        num_threads=max(1, (os.cpu_count() or 1) // max(1, options.jobs)),
-    )
-    with lock_folder(options.out):
-        _remove_leftovers(options.out)
+    candidates, preparers = _find(options), _preparers(options)
+    settings = preparers[0].settings
+    part = f"part-{options.part}-of-{options.of}" if options.part is not None else ""
+    if part:
+        candidates = [candidate for candidate in candidates if _part_of(candidate, options.of or 1) == options.part]
+    with lock_folder(options.out, part=part):
+        if not part:
+            _remove_leftovers(options.out)
         cases = CaseFolder(options.out)
-        _make_room(cases, scans, skipped)
-        todo = _not_current(cases, scans, settings)
-        last_table = time.monotonic()
+        _make_room(cases, candidates)
+        todo = _not_current(cases, candidates, settings, recheck=options.recheck)
         try:
-            for scan, outcome in track(run_tasks(preparer, todo, jobs=options.jobs), total=len(todo), desc="prepare"):
-                case = _dead_case(options.out, scan, outcome, settings) if isinstance(outcome, WorkerDied) else outcome
-                cases.record(case)
-                if time.monotonic() - last_table > SECONDS_BETWEEN_TABLES:
-                    cases.write_table()
-                    last_table = time.monotonic()
-        finally:
-            cases.write_table()
+            num_done = _work(options, preparers, cases, todo, part=part)
+            # Every part knows its own scans alone; the last run over all of them finds the duplicates.
+            while not part and (revived := _among(candidates, resolve_duplicates(cases))):
+                num_done += _work(options, preparers, cases, revived, part=part)
+        except OSError as error:
+            _save_what_is_there(cases, part=part)
+            # A write to a file that is open already does not say which one it was.
+            raise OSError(error.errno, error.strerror, error.filename or str(options.out)) from error
+        except KeyboardInterrupt:
+            _save_what_is_there(cases, part=part)
+            raise
+        rows = [known.scan for candidate in candidates if (known := cases.of(candidate.scan)) is not None]
+        if part:
+            _print_summary(rows, num_new=num_done, out_dir=options.out, pages=[])
+            print(f"part {options.part} of {options.of}; when all are done, run once more without --part and --of")
+        else:
+            cases.write_tables()
             store = _publish(cases)
-        pages = draw_montages(options.out / "montages", store, cases.rows())
-    rows = [known.scan for scan in [*scans, *skipped] if (known := cases.of(scan.path)) is not None]
-    _print_summary(rows, num_new=len(todo), out_dir=options.out, pages=pages)
+            pages = draw_montages(options.out / "montages", store, cases.rows())
+            _print_summary(rows, num_new=num_done, out_dir=options.out, pages=pages)
     return EXIT_QUARANTINED if any(row.status == "quarantined" for row in rows) else EXIT_DONE
 
 
 def dry_run(options: PrepareOptions) -> int:
-    """Print what would be prepared and what left, and why; nothing is written."""
-    scans, skipped = _find(options)
-    todo = _not_current(CaseFolder(options.out), scans, _settings(options))
-    print(f"{len(scans) + len(skipped)} files: {len(scans)} scans, {len(skipped)} left")
+    """Print what would be prepared and what left, and why, and what it will cost; nothing is written to the folder."""
+    candidates, preparers = _find(options), _preparers(options)
+    scans = [candidate.scan for candidate in candidates if candidate.scan.status != "skipped"]
+    skipped = [candidate.scan for candidate in candidates if candidate.scan.status == "skipped"]
+    cases = CaseFolder(options.out)
+    todo = [
+        candidate
+        for candidate in candidates
+        if candidate.scan.status != "skipped"
+        and not cases.is_current(
+            candidate, preparers[0].settings.keys(candidate), recheck=options.recheck, remember=False
+        )
+    ]
+    print(f"{len(candidates)} files: {len(scans)} scans, {len(skipped)} left")
     for (cohort, sequence), count in sorted(Counter((scan.cohort, scan.sequence) for scan in scans).items()):
         subjects = {scan.subject for scan in scans if (scan.cohort, scan.sequence) == (cohort, sequence)}
         print(f"  take  {cohort} {sequence}: {count} scans of {len(subjects)} subjects")
     for reason, count in sorted(Counter(scan.reason for scan in skipped).items()):
         print(f"  leave {reason}: {count}")
     print(f"{len(scans) - len(todo)} are done already, {len(todo)} to do")
+    if todo and options.probe:
+        cost = estimate(todo, preparers[0], num_probes=options.probe)
+        for line in cost.lines(jobs=len(preparers), free_bytes=free_bytes(options.out)):
+            print(line)
     return EXIT_DONE
 
 
-def _find(options: PrepareOptions) -> tuple[list[Scan], list[Scan]]:
-    return describe_inputs(
-        find_inputs(options.sources, exclude_dir=options.out),
-        cohort=options.cohort,
+def _find(options: PrepareOptions) -> list[Candidate]:
+    return find_candidates(
+        options.sources,
+        out_dir=options.out,
+        cohort=load_cohort(options.cohort) if options.cohort else None,
+        name=options.cohort_name,
         sequence=options.sequence or "",
         subject_pattern=options.compiled_subject_pattern(),
     )
 
 
-def _settings(options: PrepareOptions) -> Settings:
+def _preparers(options: PrepareOptions) -> list[ScanPreparer]:
+    """One for each process, each with its GPU; at least one."""
     version = TOOLS[options.skull_strip].check() if options.skull_strip != "none" else ""
-    return Settings(seed=options.seed, skull_strip=options.skull_strip, skull_strip_version=version)
+    settings = Settings(
+        seed=options.seed,
+        skull_strip=options.skull_strip,
+        skull_strip_version=version,
+        mirroring=options.mirroring,
+        accepted=_read_accepted(options.accept) if options.accept is not None else frozenset(),
+    )
+    num_gpus = _num_gpus(options)
+    jobs = options.num_jobs(num_gpus)
+    threads = max(1, (os.cpu_count() or 1) // max(1, jobs))
+    return [
+        ScanPreparer(
+            options.out, settings, device=f"cuda:{number % num_gpus}" if num_gpus else "cpu", num_threads=threads
+        )
+        for number in range(max(1, jobs))
+    ]
 
 
-def _device(options: PrepareOptions) -> str:
-    if options.device != "auto" or options.skull_strip == "none":
-        return "cpu" if options.device == "auto" else options.device
+def _num_gpus(options: PrepareOptions) -> int:
+    """GPUs to strip on.
+
+    Raises:
+        ValueError: a GPU was asked for and there is none.
+    """
+    if options.device == "cpu" or options.skull_strip == "none":
+        return 0
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.cuda.device_count()
+    if not found and options.device == "cuda":
+        raise ValueError("--device cuda: PyTorch finds no GPU here; use --device cpu, or see `braindino doctor`")
+    return found
+
+
+def _read_accepted(path: Path) -> frozenset[str]:
+    lines = (line.split("#", 1)[0].split() for line in path.read_text(encoding="utf-8").splitlines())
+    return frozenset(words[0] for words in lines if words)
+
+
+def _part_of(candidate: Candidate, num_parts: int) -> int:
+    """1 to ``num_parts``: which part does it; depends on the input alone, not on what else there is."""
+    digest = hashlib.sha256(candidate.scan.scan_id.encode()).digest()
+    return 1 + int.from_bytes(digest[:8], "little") % num_parts
+
+
+def _work(
+    options: PrepareOptions, preparers: Sequence[ScanPreparer], cases: CaseFolder, todo: list[Candidate], *, part: str
+) -> int:
+    """Prepare ``todo`` and take note of what became of it; the number of scans."""
+    last_table = time.monotonic()
+    for candidate, outcome in track(_outcomes(options, preparers, todo), total=len(todo), desc="prepare"):
+        if isinstance(outcome, WorkerDied):
+            outcome = _dead_case(options.out, candidate, outcome, preparers[0].settings)  # noqa: PLW2901
+        cases.record(outcome)
+        if not part and time.monotonic() - last_table > SECONDS_BETWEEN_TABLES:
+            cases.write_tables()
+            last_table = time.monotonic()
+    return len(todo)
+
+
+def _outcomes(
+    options: PrepareOptions, preparers: Sequence[ScanPreparer], todo: list[Candidate]
+) -> Iterator[tuple[Candidate, Case | WorkerDied]]:
+    if options.scheduler:
+        return run_on_dask(preparers[0], todo, scheduler=options.scheduler)
+    if options.jobs == 0:
+        return ((candidate, preparers[0](candidate)) for candidate in todo)
+    return run_tasks(preparers, todo)
+
+
+def _among(candidates: Sequence[Candidate], cases: Sequence[Case]) -> list[Candidate]:
+    wanted = {input_path(case.scan) for case in cases}
+    return [candidate for candidate in candidates if input_path(candidate.scan) in wanted]
+
+
+def _save_what_is_there(cases: CaseFolder, *, part: str) -> None:
+    """Tables and index of what is finished, as far as the disk still takes them; the next run writes them anyway."""
+    if part:
+        return
+    try:
+        _remove_leftovers(cases.out_dir)
+        cases.write_tables()
+        _publish(cases)
+    except OSError as error:
+        print(f"the tables and the index could not be brought up to date ({error}); the next run does", file=sys.stderr)
 
 
 def _remove_leftovers(out_dir: Path) -> None:
     """Temporary files of killed runs; the lock is held, so nobody is writing them."""
-    for folder in ("store", "cases", "masks", "montages"):
+    for folder in ("store", "cases", "masks", "montages", "quarantine", "converted"):
         for path in (out_dir / folder).rglob(".tmp-*"):
             path.unlink()
 
 
-def _make_room(cases: CaseFolder, scans: Sequence[Scan], skipped: Sequence[Scan]) -> None:
-    """Bring the cases in line with what the inputs are called now, and note the files that are left."""
+def _make_room(cases: CaseFolder, candidates: Sequence[Candidate]) -> None:
+    """Bring the cases in line with what the inputs are called now, and note those that are left."""
+    scans = [candidate.scan for candidate in candidates if candidate.scan.status != "skipped"]
     for scan in scans:
-        old = cases.of(scan.path)
+        old = cases.of(scan)
         if old is not None and old.name != scan.scan_id:
             cases.forget(old)
     for scan in scans:
         other = cases.same_identity(scan)
         if other is None:
             continue
-        if Path(other.scan.path).exists():
+        if Path(input_path(other.scan)).exists():
             raise ValueError(
-                f"{scan.path} and {other.scan.path}, which is in {cases.out_dir} already, would both be cohort "
-                f"{scan.cohort!r}, subject {scan.subject!r}, session {scan.session!r}, sequence {scan.sequence!r} with "
-                "the same file name; give another --cohort, or another --out"
+                f"{input_path(scan)} and {input_path(other.scan)}, which is in {cases.out_dir} already, would both be "
+                f"cohort {scan.cohort!r}, subject {scan.subject!r}, session {scan.session!r}, sequence "
+                f"{scan.sequence!r} with the same file name; give another --cohort-name, or another --out"
             )
         cases.forget(other)
-    for scan in skipped:
-        case = Case(scan)
-        old = cases.of(scan.path)
-        if old != case:
-            if old is not None:
-                cases.forget(old)
-            write_case(cases.out_dir, case)
-            cases.record(case)
+    for candidate in candidates:
+        if candidate.scan.status == "skipped":
+            case = Case(candidate.scan)
+            old = cases.of(candidate.scan)
+            if old != case:
+                if old is not None:
+                    cases.forget(old)
+                write_case(cases.out_dir, case)
+                cases.record(case)
 
 
-def _not_current(cases: CaseFolder, scans: Sequence[Scan], settings: Settings) -> list[Scan]:
+def _not_current(
+    cases: CaseFolder, candidates: Sequence[Candidate], settings: Settings, *, recheck: bool
+) -> list[Candidate]:
     """The scans that must be prepared (again)."""
+    scans = [candidate for candidate in candidates if candidate.scan.status != "skipped"]
 
-    def is_current(scan: Scan) -> bool:
-        return cases.is_current(scan, settings=settings.fingerprint)
+    def is_current(candidate: Candidate) -> bool:
+        return cases.is_current(candidate, settings.keys(candidate), recheck=recheck)
 
     # Hashing releases the interpreter lock, and reading waits for the disk.
     with ThreadPoolExecutor() as pool:
         current = list(track(pool.map(is_current, scans), total=len(scans), desc="check"))
-    return [scan for scan, done in zip(scans, current, strict=True) if not done]
+    return [candidate for candidate, done in zip(scans, current, strict=True) if not done]
 
 
-def _dead_case(out_dir: Path, scan: Scan, died: WorkerDied, settings: Settings) -> Case:
-    case = Case(replace(scan, status="quarantined", reason=f"worker_died: {died}"), settings=settings.fingerprint)
+def _dead_case(out_dir: Path, candidate: Candidate, died: WorkerDied, settings: Settings) -> Case:
+    scan = replace(candidate.scan, status="quarantined", reason=f"worker_died: {died}")
+    case = Case(scan, keys=settings.keys(candidate))
     remove_case(out_dir, case)
     write_case(out_dir, case)
     return case
@@ -197,7 +307,7 @@ def _print_summary(rows: Sequence[Scan], *, num_new: int, out_dir: Path, pages: 
             print(f"  {status} {code}: {len(members)}")
             if status == "quarantined":
                 for row in members[:EXAMPLES_PER_REASON]:
-                    print(f"    {row.path}: {row.reason.partition(':')[2].strip()}")
+                    print(f"    {input_path(row)}: {row.reason.partition(':')[2].strip()}")
                 if len(members) > EXAMPLES_PER_REASON:
                     print(f"    and {len(members) - EXAMPLES_PER_REASON} more in scans.tsv")
     if pages:

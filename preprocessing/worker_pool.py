@@ -21,9 +21,12 @@ Result = TypeVar("Result")
 class WorkerDied(NamedTuple):
     """Stands for the result of a task whose process died."""
 
-    exit_code: int
+    exit_code: int | None
+    """Of the process; None where that is not known, as on a cluster."""
 
     def __str__(self) -> str:
+        if self.exit_code is None:
+            return "every worker of the cluster that took it died, as when memory runs out"
         if self.exit_code == -signal.SIGKILL:
             return "its process was killed, as the system does when memory runs out; try fewer --jobs"
         return f"its process ended with code {self.exit_code}"
@@ -33,6 +36,7 @@ class _Worker(Generic[Task]):
     """A process, this side of its pipe, and the task it is on."""
 
     def __init__(self, function: Callable[[Task], Any]):
+        self.function = function
         context = multiprocessing.get_context("spawn")
         self.pipe, far_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(function, far_end), daemon=True)
@@ -49,25 +53,21 @@ class _Worker(Generic[Task]):
 
 
 def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], *, jobs: int
+    functions: Sequence[Callable[[Task], Result]], tasks: Sequence[Task]
 ) -> Iterator[tuple[Task, Result | WorkerDied]]:
     """Yield each task with its result, in the order of completion.
 
     Args:
-        function: called with one task; picklable. State that it keeps lives as long as its process.
+        functions: one for each process, called with one task at a time; picklable. They do the same work, each with
+            what is its own (a GPU, say). State that a function keeps lives as long as its process.
         tasks: picklable.
-        jobs: number of processes; 0 works in this process, for debugging.
 
     Raises:
-        Exception: whatever ``function`` raised first; the tasks that are left are dropped.
+        Exception: whatever a function raised first; the tasks that are left are dropped.
         RuntimeError: a process died before it could take a task.
     """
-    if jobs == 0:
-        for task in tasks:
-            yield task, function(task)
-        return
     waiting = deque(tasks)
-    workers = [_Worker[Task](function) for _ in range(min(jobs, len(waiting)))]
+    workers = [_Worker[Task](function) for function in functions[: len(waiting)]]
     try:
         while workers:
             for pipe in connection.wait([worker.pipe for worker in workers]):
@@ -78,7 +78,7 @@ def run_tasks(
                     workers.remove(worker)
                     yield from _bury(worker)
                     if waiting:
-                        workers.append(_Worker(function))
+                        workers.append(_Worker(worker.function))
                     continue
                 if isinstance(message, _Failure):
                     raise message.error

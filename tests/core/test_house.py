@@ -18,6 +18,10 @@ BORDERS = {
     "sklearn": ("downstream",),
     "lifelines": ("downstream",),
     "nilearn": ("simulation",),
+    "pydicom": ("preprocessing/dicom_series.py",),
+    "dcm2niix": ("preprocessing/conversion.py",),
+    "h5py": ("preprocessing/fastmri.py",),
+    "distributed": ("preprocessing/dask_engine.py",),
 }
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
 

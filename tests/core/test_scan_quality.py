@@ -11,7 +11,7 @@ ROW = ScanQuality(
 GATED = ScanQuality(
     **{**ROW.__dict__, "scan_id": "fedcba9876543210"} | {
         "stripped_by": "hd-bet", "brain_ml": 1412.5, "components": 3, "largest_component": 0.9975, "border": 0.0,
-        "agreement": 0.9125,
+        "agreement": 0.9125, "covered": 0.96875, "inside": 1.0, "holes": 0.0,
     }
 )  # fmt: skip
 
@@ -30,5 +30,5 @@ def test_a_missing_column_and_a_number_that_is_none_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"quality\.tsv, line 2: could not convert string to float: 'many'"):
         read_quality(path)
     path.write_text("\t".join(COLUMNS[:-1]) + "\n")
-    with pytest.raises(ValueError, match=r"columns \['agreement'\] are missing"):
+    with pytest.raises(ValueError, match=r"columns \['holes'\] are missing"):
         read_quality(path)

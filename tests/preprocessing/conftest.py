@@ -35,3 +35,9 @@ class Phantom:
 @pytest.fixture
 def phantom() -> Phantom:
     return Phantom()
+
+
+@pytest.fixture
+def make_phantom() -> type[Phantom]:
+    """Phantom(seed): every seed another head."""
+    return Phantom
