@@ -4,7 +4,7 @@ Only headers are read, and of those only the tags named here. How many files are
 
 * one, where an NBIA ``metadata.csv`` lists the folder and its number of images is the number of files there;
 * up to three (first, middle, last), in folders named as NBIA names files (``1-001.dcm``...), one series each;
-* every file, anywhere else, since folders of exported examinations hold several series.
+* every file, anywhere else, since folders of exported examinations hold several series (and one more per series).
 
 What a sample cannot see is seen by the conversion, which reads the headers of all files of the series it is given.
 """
@@ -16,12 +16,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.tag import BaseTag, Tag
 
 from braindino.manifest import UNKNOWN_SEQUENCE
 from braindino.preprocessing.cohort_table import CohortRow
@@ -40,7 +42,8 @@ TAGS = (
     "ManufacturerModelName", "MagneticFieldStrength", "SliceThickness", "SpacingBetweenSlices", "NumberOfFrames",
     "NumberOfTemporalPositions", "DerivationDescription",
 )  # fmt: skip
-_ENHANCED_TAGS = ("SharedFunctionalGroupsSequence",)
+_HEADER_TAGS = (*TAGS, "SharedFunctionalGroupsSequence")
+_IDENTITY_TAGS = ("SOPClassUID", "SeriesInstanceUID", "NumberOfFrames")
 # Where an enhanced (multi-frame) file keeps what others have at the top.
 _ENHANCED = {
     "RepetitionTime": ("MRTimingAndRelatedParametersSequence", "RepetitionTime"),
@@ -81,7 +84,6 @@ class Series:
         expected_images: how many images the cohort's ``metadata.csv`` counts; 0 where there is none.
         tags: DICOM keyword -> text of the header that was read, several values joined with a backslash.
         problem: why it cannot be used, ``code: words``; empty otherwise.
-        reads: files that were opened to know this.
     """
 
     folder: str
@@ -91,7 +93,6 @@ class Series:
     expected_images: int = 0
     tags: Mapping[str, str] = field(default_factory=dict)
     problem: str = ""
-    reads: int = 0
 
     @property
     def uid(self) -> str:
@@ -335,50 +336,85 @@ def _series_of(folder: str, names: Sequence[str], listed: tuple[str, int] | None
         chosen = sorted({names[0], names[len(names) // 2], names[-1]})
     else:
         chosen = names
-    headers = {name: _read_header(Path(folder, name), (*TAGS, *_ENHANCED_TAGS)) for name in chosen}
-    uids = {_text(header, "SeriesInstanceUID") for header in headers.values() if not isinstance(header, str)}
+    reader = _FolderReader(folder)
+    uids = {file.series_uid for name in chosen if not isinstance(file := reader.identity(name), str)}
     if len(chosen) < len(names) and (len(uids) != 1 or (uid and uids != {uid})):
-        rest = [name for name in names if name not in headers]
-        headers |= {name: _read_header(Path(folder, name), (*TAGS, *_ENHANCED_TAGS)) for name in rest}
+        chosen = names
     by_uid: dict[str, list[str]] = defaultdict(list)
     unreadable: list[str] = []
-    for name, header in sorted(headers.items()):
-        if isinstance(header, str):
+    for name in chosen:
+        file = reader.identity(name)
+        if isinstance(file, str):
             unreadable.append(name)
-        elif _text(header, "SOPClassUID") != DICOMDIR_CLASS:
-            by_uid[_text(header, "SeriesInstanceUID")].append(name)
-    reads, sampled = len(headers), len(headers) < len(names)
+        elif file.object_class != DICOMDIR_CLASS:
+            by_uid[file.series_uid].append(name)
     # In a folder with one series, a file that cannot be read is one of it; the conversion will say which.
     alone = len(by_uid) == 1
     for series_uid, files in by_uid.items():
-        tags = header_tags(headers[files[0]])
-        frames = sum(_num_frames(headers[name]) for name in files)
         members = names if alone else files
+        frames = {name: reader.num_frames(name) for name in files}
+        tags = reader.tags(files[0])
         yield Series(
             folder=folder,
             files=tuple(members),
             whole_folder=alone,
-            num_images=len(names) * _num_frames(headers[files[0]]) if sampled else frames,
+            num_images=len(names) * frames[files[0]] if len(chosen) < len(names) else sum(frames.values()),
             expected_images=count if series_uid == uid else 0,
             tags=tags,
             problem="" if series_uid else "unreadable_dicom: no SeriesInstanceUID in the header",
-            reads=reads if alone else len(files),
         )
     if unreadable and not alone:
-        first = headers[unreadable[0]]
-        words = f"{len(unreadable)} files that belong to no series, the first {unreadable[0]}: {first}; copy them again"
+        first = f"{unreadable[0]}: {reader.identity(unreadable[0])}"
+        words = f"{len(unreadable)} files that belong to no series, the first {first}; copy them again"
         yield Series(
-            folder=folder,
-            files=tuple(unreadable),
-            whole_folder=not by_uid,
-            problem=f"unreadable_dicom: {words}",
-            reads=len(unreadable),
+            folder=folder, files=tuple(unreadable), whole_folder=not by_uid, problem=f"unreadable_dicom: {words}"
         )
 
 
-def header_tags(header: Dataset | str) -> dict[str, str]:
+class _File(NamedTuple):
+    """What a file belongs to."""
+
+    object_class: str
+    series_uid: str
+    num_frames: int
+
+
+class _FolderReader:
+    """Headers of the files of one folder: of the first all tags, of others only what tells their series."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+        self._files: dict[str, _File | str] = {}
+        self._tags: dict[str, dict[str, str]] = {}
+
+    def identity(self, name: str) -> _File | str:
+        """What a file belongs to, or why it cannot be read."""
+        if name not in self._files:
+            full = not self._files
+            header = _read_header(Path(self._folder, name), _HEADER_TAGS if full else _IDENTITY_TAGS)
+            if isinstance(header, str):
+                self._files[name] = header
+            else:
+                frames = int(_number(header, "NumberOfFrames") or 1)
+                self._files[name] = _File(_text(header, "SOPClassUID"), _text(header, "SeriesInstanceUID"), frames)
+                if full:
+                    self._tags[name] = header_tags(header)
+        return self._files[name]
+
+    def num_frames(self, name: str) -> int:
+        file = self.identity(name)
+        return 0 if isinstance(file, str) else file.num_frames
+
+    def tags(self, name: str) -> dict[str, str]:
+        """All tags of a file that could be read before."""
+        if name not in self._tags:
+            header = _read_header(Path(self._folder, name), _HEADER_TAGS)
+            self._tags[name] = {} if isinstance(header, str) else header_tags(header)
+        return self._tags[name]
+
+
+def header_tags(header: Dataset) -> dict[str, str]:
     """The values of :data:`TAGS` as text; those of enhanced files from where they keep them."""
-    assert not isinstance(header, str)
     tags = {name: text for name in TAGS if (text := _text(header, name))}
     shared = _first(header, "SharedFunctionalGroupsSequence")
     for name, (group, inner) in _ENHANCED.items():
@@ -481,15 +517,19 @@ def _read_header_and_size(path: Path, tags: Sequence[str]) -> tuple[Dataset | st
             warnings.simplefilter("ignore", UserWarning)
             header = pydicom.dcmread(handle, stop_before_pixels=True, specific_tags=list(tags))
             # Values are decoded, and kept, when they are asked for first.
-            _ = [_text(header, name) for name in tags], header.file_meta.TransferSyntaxUID
+            _ = [_text(header, element.keyword) for element in header], header.file_meta.TransferSyntaxUID
             return header, handle.tell()
     except Exception as error:  # a damaged header may raise anything; whatever it is, it is told
         return f"{type(error).__name__}: {' '.join(str(error).split())}", 0
 
 
 def _text(header: Dataset, name: str) -> str:
+    # By number: looking up a keyword that is not there takes pydicom most of its time.
+    tag = _tag_of(name)
+    if tag not in header:
+        return ""
     try:
-        value = header.get(name)
+        value = header[tag].value
     except ValueError:  # a number that is none, say: as good as missing
         return ""
     if value is None:
@@ -497,6 +537,11 @@ def _text(header: Dataset, name: str) -> str:
     if isinstance(value, (pydicom.multival.MultiValue, list, tuple)):
         return "\\".join(str(item).strip() for item in value)
     return str(value).strip("\0 ")
+
+
+@cache
+def _tag_of(name: str) -> BaseTag:
+    return Tag(name)
 
 
 def _number(header: Dataset, name: str) -> float | None:
@@ -515,9 +560,6 @@ def _vector(header: Dataset, name: str, length: int) -> np.ndarray | None:
 
 
 def _first(header: Dataset, name: str) -> Dataset | None:
-    items = header.get(name)
+    tag = _tag_of(name)
+    items = header[tag].value if tag in header else None
     return items[0] if items else None
-
-
-def _num_frames(header: Dataset | str) -> int:
-    return int(_number(header, "NumberOfFrames") or 1) if not isinstance(header, str) else 0
