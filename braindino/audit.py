@@ -236,7 +236,7 @@ def _who(scan: Scan) -> str:
 
 
 def _is_stripped(volume: Volume) -> bool:
-    return 1 - np.count_nonzero(volume.data) / volume.data.size > STRIPPED_ZERO_FRACTION
+    return bool(1 - np.count_nonzero(volume.data) / volume.data.size > STRIPPED_ZERO_FRACTION)
 
 
 if __name__ == "__main__":

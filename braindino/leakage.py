@@ -372,7 +372,7 @@ def _read_table(path: Path) -> Exposure:
                 f"{path}, line {reader.line_num + len(comments)}: expected {len(EXPOSURE_COLUMNS)} cells; "
                 "the file was cut short or edited"
             )
-        scans.append(Scan(path="", **row))
+        scans.append(Scan("", **{name: row[name] for name in EXPOSURE_COLUMNS}))  # type: ignore[arg-type]
     unknown = tuple(line.removeprefix(_UNKNOWN_LINE) for line in comments if line.startswith(_UNKNOWN_LINE))
     return Exposure(tuple(scans), unknown)
 

@@ -316,11 +316,11 @@ def check_against_pretraining(
     """
     exposure = read_exposure(pretrained_on)
     tested = [case for case in cases if not test_subjects or case.subject in set(test_subjects)]
-    scans = [
-        add_fingerprints(Scan(str(path), *case.subject.split("/", maxsplit=1), sequence=channel))
-        for case in track(tested, desc="compare with pretraining")
-        for path, channel in zip(case.images, channels, strict=True)
-    ]
+    scans = []
+    for case in track(tested, desc="compare with pretraining"):
+        cohort, _, subject = case.subject.partition("/")
+        for path, channel in zip(case.images, channels, strict=True):
+            scans.append(add_fingerprints(Scan(str(path), cohort, subject, sequence=channel)))
     return check_test_scans(
         exposure, scans, model=str(pretrained_on), allow_overlap=allow_overlap, crosswalk=Crosswalk(crosswalk)
     )

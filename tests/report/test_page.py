@@ -107,6 +107,10 @@ def test_the_page_says_that_the_data_are_simulated(page):
     assert "Simulated data. The cohort calls itself “SIMULATED brains, seed 0”" in page.text
 
 
+def test_what_is_not_known_about_pretraining_stands_beside_the_numbers(page):
+    assert "Pretraining overlap. pretrained: unknown" in page.text
+
+
 def test_text_from_files_is_escaped(project, page):
     assert "script" not in page.tags
     assert SCRIPT in page.text
