@@ -148,9 +148,9 @@ class Crosswalk:
             self._add(Path(path))
 
     def person(self, cohort: str, subject: str) -> str:
-        """``space/id``, by the rules; ``cohort/subject`` as it is where none fits."""
+        """``space/id``, by the rules; ``cohort/subject`` where none fits. A leading ``sub-`` is no part of an id."""
         rule = _resolve(cohort, subject)
-        return rule if rule is not None else f"{cohort}/{subject}"
+        return rule if rule is not None else _subject_key(cohort, subject)
 
     def certain_key(self, person: str) -> str:
         """Equal for ids that are certainly one person's."""
@@ -233,7 +233,7 @@ def find_overlaps(
             by_voxels[scan.content_hash].append(scan)
         if scan.subject:
             person = crosswalk.person(scan.cohort, scan.subject)
-            by_subject[scan.subject_key].append(scan)
+            by_subject[_subject_key(scan.cohort, scan.subject)].append(scan)
             by_certain[crosswalk.certain_key(person)].append(scan)
             by_probable[crosswalk.probable_key(person)].append(scan)
     near = _find_near(seen, scans, max_distance=max_distance)
@@ -248,7 +248,7 @@ def find_overlaps(
         if not scan.subject:
             continue
         person = crosswalk.person(scan.cohort, scan.subject)
-        if found := by_subject.get(scan.subject_key):
+        if found := by_subject.get(_subject_key(scan.cohort, scan.subject)):
             overlaps.append(Overlap(SAME_SUBJECT, scan, found[0], len(found), "certain"))
         elif found := by_certain.get(crosswalk.certain_key(person)):
             overlaps.append(Overlap(SAME_BY_CROSSWALK, scan, found[0], len(found), "certain"))
@@ -375,6 +375,10 @@ def _read_table(path: Path) -> Exposure:
         scans.append(Scan("", **{name: row[name] for name in EXPOSURE_COLUMNS}))  # type: ignore[arg-type]
     unknown = tuple(line.removeprefix(_UNKNOWN_LINE) for line in comments if line.startswith(_UNKNOWN_LINE))
     return Exposure(tuple(scans), unknown)
+
+
+def _subject_key(cohort: str, subject: str) -> str:
+    return f"{cohort}/{subject.removeprefix('sub-')}"
 
 
 class _Rule(NamedTuple):

@@ -97,6 +97,11 @@ def test_the_search_in_blocks_gives_what_a_loop_gives() -> None:
         (("LONG579", "5003"), ("ds003604", "sub-5003"), "certain"),
         (("LONG579", "5003"), ("other", "5003"), None),
         (("IXI", "IXI002-Guys-0828"), ("ixi-t2", "2"), "certain"),
+        (("pixar", "sub-pixar001"), ("ds000228", "pixar001"), "certain"),
+        (("oasis-3", "sub-OAS30001"), ("OASIS", "OAS30001_MR_d0757"), "certain"),
+        (("acrin-fmiso-brain", "ACRIN-FMISO-Brain-007"), ("ACRIN-FMISO", "7"), "certain"),
+        (("ivygap", "W10"), ("IvyGAP", "w10"), "certain"),
+        (("piop1", "sub-0001"), ("piop2", "sub-0001"), None),
         (("BraTS2024-GoAT", "BraTS-GoAT-00001"), ("BraTS2021", "BraTS2021_00001"), None),
     ],
 )
@@ -110,6 +115,9 @@ def test_ids_of_the_named_cohorts_meet_as_their_rules_say(
 
 def test_the_same_cohort_and_subject_is_the_same_person_without_any_rule() -> None:
     assert kinds([scan("LONG579", "5003", sequence="T1")], scan("LONG579", "5003")) == [(SAME_SUBJECT, "certain")]
+    # BIDS readers differ in whether "sub-" belongs to the id.
+    assert kinds([scan("mine", "sub-07")], scan("mine", "07")) == [(SAME_SUBJECT, "certain")]
+    assert kinds([scan("mine", "sub-07")], scan("yours", "07")) == []
 
 
 def mapping(path: Path) -> Path:
