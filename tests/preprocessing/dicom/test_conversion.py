@@ -9,9 +9,14 @@ from collections import namedtuple
 import dcm2niix
 import numpy as np
 import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from braindino.preprocessing import conversion as module
 from braindino.preprocessing.conversion import Conversion, conversion_version, convert, converted_name
+from braindino.preprocessing.dicom_series import find_series
+from braindino.preprocessing.discovery import walk_sources
+from braindino.preprocessing.sequence_rules import classify
 from braindino.volume import VolumeError, load_volume, save_array
 
 DICOM = Conversion(kind="dicom")
@@ -293,3 +298,58 @@ def test_a_conversion_travels_between_processes_and_stays_in_its_folder(tmp_path
 
 def test_the_version_names_the_program():
     assert conversion_version().startswith(f"{module.CONVERSION_VERSION}, dcm2niix 1.")
+
+
+def write_enhanced(path, voxels, *, skip=()):
+    """One multi-frame file in place of a series (Enhanced MR Image Storage)."""
+    kept = [index for index in range(voxels.shape[2]) if index not in skip]
+    image = Dataset()
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID = EnhancedMRImageStorage
+    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID = generate_uid()
+    image.SeriesInstanceUID, image.StudyInstanceUID = "1.2.3", "1.2"
+    image.PatientID, image.Modality, image.Manufacturer, image.SeriesDescription = "P1", "MR", "Philips", "AX"
+    image.ScanningSequence, image.NumberOfFrames, image.InstanceNumber, image.SeriesNumber = "SE", len(kept), 1, 1
+    image.ImageType, image.PatientPosition = ["ORIGINAL", "PRIMARY", "T2", "NONE"], "HFS"
+    image.Rows, image.Columns, image.SamplesPerPixel = *voxels.shape[:2], 1
+    image.BitsAllocated = image.BitsStored = 16
+    image.HighBit, image.PixelRepresentation, image.PhotometricInterpretation = 15, 0, "MONOCHROME2"
+
+    def group(**values):
+        item = Dataset()
+        for keyword, value in values.items():
+            setattr(item, keyword, value)
+        return [item]
+
+    image.SharedFunctionalGroupsSequence = group(
+        MRTimingAndRelatedParametersSequence=group(RepetitionTime=4000, FlipAngle=90),
+        MREchoSequence=group(EffectiveEchoTime=100),
+        PlaneOrientationSequence=group(ImageOrientationPatient=[1, 0, 0, 0, 1, 0]),
+        PixelMeasuresSequence=group(PixelSpacing=[3, 2], SliceThickness=4, SpacingBetweenSlices=4),
+    )
+    image.PerFrameFunctionalGroupsSequence = [
+        group(
+            PlanePositionSequence=group(ImagePositionPatient=[-20, -30, -10 + 4 * index]),
+            FrameContentSequence=group(InStackPositionNumber=number, StackID="1", DimensionIndexValues=[1, number]),
+        )[0]
+        for number, index in enumerate(kept, start=1)
+    ]
+    image.PixelData = np.ascontiguousarray(voxels[:, :, kept].transpose(2, 0, 1)).astype("<u2").tobytes()
+    path.parent.mkdir(parents=True)
+    image.save_as(path, enforce_file_format=True)
+
+
+def test_a_multi_frame_file_is_a_series(tmp_path, voxels, world):
+    write_enhanced(tmp_path / "s/1-1.dcm", voxels)
+    volume, notes = run(tmp_path / "s", tmp_path)
+    assert notes == ()
+    assert_in_place(volume, voxels, world, "axial")
+    ((series, _),) = find_series(walk_sources([str(tmp_path / "s")], exclude_dir=tmp_path / "out"))
+    assert series.num_images == 12
+    assert classify(series).sequence == "T2", "by its times, which stand in the shared groups"
+
+
+def test_a_gap_between_frames_is_noticed(tmp_path, voxels):
+    write_enhanced(tmp_path / "s/1-1.dcm", voxels, skip=[4])
+    assert "about 1 missing" in refused(tmp_path / "s", tmp_path).message
