@@ -34,7 +34,7 @@ def read_analyze(path: Path, parameters: Mapping[str, object]) -> Image:
         ValueError: ``parameters`` declare no affine.
     """
     affine = declared_affine(parameters)
-    header_path = _beside(path)
+    header_path = header_beside(path)
     header = _read(header_path)
     if len(header) < HEADER_BYTES:
         raise VolumeError(
@@ -74,6 +74,11 @@ def read_analyze(path: Path, parameters: Mapping[str, object]) -> Image:
     return Image(np.frombuffer(raw, number_type).reshape(grid, order="F"), affine, tuple(notes))
 
 
+def header_beside(path: Path) -> Path:
+    """The header that belongs to the ``.img`` at ``path``, in the same spelling."""
+    return path.with_suffix(".HDR" if path.suffix.isupper() else ".hdr")
+
+
 def declared_affine(parameters: Mapping[str, object]) -> np.ndarray:
     """The (4, 4) affine that ``parameters`` declare.
 
@@ -90,11 +95,6 @@ def declared_affine(parameters: Mapping[str, object]) -> np.ndarray:
     if rows.shape != (4, 4) or not np.isfinite(rows).all() or np.linalg.matrix_rank(rows) < 4:
         raise ValueError(f"geometry of Analyze files: found affine {declared!r}; expected 3 rows of 4 numbers")
     return rows
-
-
-def _beside(path: Path) -> Path:
-    """The header of an image file, in the same spelling."""
-    return path.with_suffix(".HDR" if path.suffix.isupper() else ".hdr")
 
 
 def _read(path: Path) -> bytes:

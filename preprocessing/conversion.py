@@ -95,6 +95,27 @@ def conversion_version() -> str:
     return f"{CONVERSION_VERSION}, dcm2niix {tool}"
 
 
+def source_files(conversion: Conversion, source: Path) -> list[Path]:
+    """The files that the outcome of a conversion depends on, sorted by name; not all need exist.
+
+    Raises:
+        VolumeError: code ``unreadable_dicom``: ``source`` is to be a folder of DICOM files and is none.
+    """
+    if conversion.files:
+        # A series that shares its folder with others is known by its first file.
+        folder = source if source.is_dir() else source.parent
+        return [folder / name for name in sorted(conversion.files)]
+    if conversion.kind == "dicom":
+        from braindino.preprocessing.dicom_series import list_dicom_files
+
+        return list_dicom_files(source)
+    if conversion.kind == "analyze":
+        from braindino.preprocessing.analyze import header_beside
+
+        return sorted([source, header_beside(source)])
+    return [source]
+
+
 def convert(conversion: Conversion, source: Path, path: Path) -> tuple[str, ...]:
     """Write the scan at ``source`` to ``path`` as NIfTI in RAS+, atomically; what was mended or assumed, as notes.
 
@@ -129,10 +150,9 @@ def _storage_type(data: np.ndarray) -> type[np.generic]:
 
 
 def _read_dicom(source: Path, files: tuple[str, ...], parameters: Mapping[str, object]) -> Image:
-    from braindino.preprocessing.dicom_series import check_series, list_dicom_files
+    from braindino.preprocessing.dicom_series import check_series
 
-    # A series that shares its folder with others is known by its first file.
-    paths = [source.parent / name for name in files] if files else list_dicom_files(source)
+    paths = source_files(Conversion(kind="dicom", files=files), source)
     uid, count = parameters.get("series_uid"), parameters.get("num_images")
     checked = check_series(
         source,

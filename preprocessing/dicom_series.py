@@ -162,14 +162,15 @@ def find_series(folders: Iterable[SourceFolder]) -> Iterator[tuple[Series, str]]
 
     Files that should be DICOM and cannot be read are a series of their own, with the problem ``unreadable_dicom``.
     """
-    tables: dict[str, Mapping[str, tuple[str, int]]] = {}
+    listed: dict[str, tuple[str, int]] = {}
     for folder in folders:
         if "metadata.csv" in folder.names:
-            tables.update(_read_metadata(folder.path))
+            listed.update(_read_metadata(folder.path))
         names = dicom_names(folder.path, folder.names)
         if names:
-            listed = tables.get(_path_key(folder.path))
-            yield from ((series, folder.root) for series in _series_of(folder.path, names, listed))
+            yield from (
+                (series, folder.root) for series in _series_of(folder.path, names, listed.get(_path_key(folder.path)))
+            )
 
 
 def dicom_names(folder: str, names: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from braindino.preprocessing import conversion as module
-from braindino.preprocessing.conversion import Conversion, conversion_version, convert, converted_name
+from braindino.preprocessing.conversion import Conversion, conversion_version, convert, converted_name, source_files
 from braindino.preprocessing.dicom_series import find_series
 from braindino.preprocessing.discovery import walk_sources
 from braindino.preprocessing.sequence_rules import classify
@@ -294,6 +294,17 @@ def test_a_conversion_travels_between_processes_and_stays_in_its_folder(tmp_path
         Conversion(kind="nrrd")
     with pytest.raises(ValueError, match="expected a name of 16 hexadecimal digits"):
         convert(DICOM, tmp_path, tmp_path / "P1.nii.gz")
+
+
+def test_an_outcome_depends_on_all_files_of_its_input(tmp_path, series):
+    series(tmp_path / "s", skip=range(2, 12))
+    (tmp_path / "s/notes.txt").write_text("no image")
+    both = [tmp_path / "s/1-001.dcm", tmp_path / "s/1-002.dcm"]
+    assert source_files(DICOM, tmp_path / "s") == both
+    named = Conversion(kind="dicom", files=("1-001.dcm", "1-002.dcm"))
+    assert source_files(named, tmp_path / "s") == source_files(named, both[0]) == both
+    assert source_files(Conversion(kind="analyze"), tmp_path / "A.IMG") == [tmp_path / "A.HDR", tmp_path / "A.IMG"]
+    assert source_files(Conversion(kind="fastmri"), tmp_path / "a.h5") == [tmp_path / "a.h5"]
 
 
 def test_the_version_names_the_program():
