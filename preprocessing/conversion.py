@@ -38,6 +38,7 @@ BY_PRODUCTS = {
     "phase": re.compile(r"_(ph|phase|real|imaginary)[a-z]?$"),
 }
 
+_MENDED = ("singleton_squeezed", "nonfinite_replaced")
 _FULL_DISK_BYTES = 1 << 22
 _NAME = re.compile(r"[0-9a-f]{16}\.nii\.gz")
 _NOISE = re.compile(
@@ -254,7 +255,9 @@ def _only_volume(paths: list[Path], source: Path, notes: tuple[str, ...]) -> Ima
     volume = usable[0][1]
     if left:
         notes = (*notes, f"left_out={','.join(left)}")
-    return Image(volume.data, volume.affine, (*notes, *volume.notes))
+    # Of what was mended while reading; whatever else there is to note, the converted file shows, too.
+    mended = (note for note in volume.notes if note.startswith(_MENDED))
+    return Image(volume.data, volume.affine, (*notes, *mended))
 
 
 def _read_fastmri(source: Path, files: tuple[str, ...], parameters: Mapping[str, object]) -> Image:

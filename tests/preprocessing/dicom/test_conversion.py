@@ -67,6 +67,14 @@ def test_the_left_of_the_patient_stays_on_the_left(tmp_path, series, voxels):
     assert volume.affine[0, 0] > 0
 
 
+def test_what_the_converted_file_shows_itself_is_not_noted_twice(tmp_path, series):
+    tilted = [1, 0, 0, 0, float(np.cos(0.2)), float(np.sin(0.2))]
+    normal = 4 * np.cross(tilted[:3], tilted[3:])
+    series(tmp_path / "s", ImageOrientationPatient=tilted, ImagePositionPatient=lambda index: (index * normal).tolist())
+    volume, notes = run(tmp_path / "s", tmp_path)
+    assert notes == () and volume.notes == ("oblique=11.5deg",)
+
+
 def test_files_in_any_order_and_under_any_name_make_the_same_volume(tmp_path, series, voxels, world):
     names = ["; touch x", "-o", "$(id)", "a b", "é", "'", "Z", "10", "9", "IM0001", "ima.IMA", "x.dcm"]
     shuffled = np.random.default_rng(0).permutation(12)
