@@ -120,8 +120,8 @@ def corpus_figure(rows: Sequence[CorpusRow]) -> Figure:
     cohorts = [row.cohort for row in rows if row.sequence == TOTAL and row.cohort != TOTAL]
     sequences = [row.sequence for row in rows if row.cohort == TOTAL and row.sequence != TOTAL]
     with mpl.rc_context({**STYLE, "hatch.linewidth": 0.7}):
-        height = 1.5 + 0.27 * max(len(cohorts), len(sequences))
-        figure = Figure(figsize=(9.2, height), layout="constrained")
+        lines = max(len(cohorts), len(sequences))
+        figure = Figure(figsize=(9.2, 1.5 + 0.27 * lines), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(3, 1.3))
         start = np.zeros(len(cohorts))
         for name in sequences:
@@ -131,12 +131,12 @@ def corpus_figure(rows: Sequence[CorpusRow]) -> Figure:
         for place, cohort in enumerate(cohorts):
             row = of[cohort, TOTAL]
             _note(left, start[place], place, f"{_plural(row.scans, 'scan')}, {_plural(row.subjects, 'subject')}")
-        _finish(left, cohorts, "Slices per cohort", margin=0.42)
+        _finish(left, cohorts, f"Slices per cohort, {of[TOTAL, TOTAL].slices:,} in all", lines=lines, margin=0.42)
         totals = [of[TOTAL, name].slices for name in sequences]
         for place, name in enumerate(sequences):
             _bars(right, np.array([place]), np.array([totals[place]]), start=np.zeros(1), sequence=name)
             _note(right, totals[place], place, f"{totals[place]:,}")
-        _finish(right, sequences, f"Slices per sequence, {of[TOTAL, TOTAL].slices:,} in all", margin=0.45)
+        _finish(right, sequences, "Slices per sequence", lines=lines, margin=0.45)
         handles = []
         for name in sequences:
             colour, hatch = _look(name)
@@ -160,10 +160,10 @@ def _note(axes: Axes, end: float, place: int, text: str) -> None:
     axes.annotate(text, (end, place), xytext=(4, 0), textcoords="offset points", va="center", color=SOFT, fontsize=8)
 
 
-def _finish(axes: Axes, names: Sequence[str], title: str, *, margin: float) -> None:
+def _finish(axes: Axes, names: Sequence[str], title: str, *, lines: int, margin: float) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_ylim(lines - 0.4, -0.6)
     axes.set_xlim(0, axes.dataLim.x1 * (1 + margin))  # room for the notes behind the bars
     axes.set(title=title, xlabel="slices")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
