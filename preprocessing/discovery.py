@@ -336,7 +336,8 @@ def _in_order(found: Iterable[Candidate]) -> list[Candidate]:
     Raises:
         ValueError: two inputs have one identity.
     """
-    taken, left = [], []
+    taken: list[Candidate] = []
+    left: list[Candidate] = []
     identities: dict[str, Candidate] = {}
     for candidate in found:
         scan = candidate.scan

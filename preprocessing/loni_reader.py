@@ -41,6 +41,7 @@ class NamedSeries:
     modality: str = "MR"
     num_images: int = MIN_IMAGES
     tags: Mapping[str, str] = field(default_factory=dict)
+    order: tuple[str, int] = ("", 0)
 
 
 def read_candidates(folders: Sequence[SourceFolder], *, cohort: CohortRow, out_dir: Path) -> list[Candidate]:

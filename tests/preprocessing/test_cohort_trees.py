@@ -70,6 +70,8 @@ TREES: dict[str, dict[str, tuple[str, str, str] | str]] = {
         "PPMI/3102/MPRAGE_GRAPPA/2011-01-25_10_03_54.0/S139451/": ("3102", "2011-01-25", "T1"),
         "PPMI/3102/MPRAGE_Repeat/2011-01-25_10_03_54.0/S139452/": "repeat",
         "PPMI/3102/SAG_T1_3D_FSPGR_ND/2011-01-25_10_03_54.0/S139453/": "repeat",
+        # The only one of its visit.
+        "PPMI/3102/MPRAGE_Repeat/2013-03-05_10_03_54.0/S9/": ("3102", "2013-03-05", "T1"),
         "PPMI/3102/AX_T1/2011-01-25_10_03_54.0/S139454/": "other_weighting",
         "PPMI/3102/DTI_gated/2011-01-25_10_03_54.0/S139455/": "diffusion",
         "PPMI/3102/ep2d_RESTING_STATE/2011-01-25_10_03_54.0/S139456/": "functional",
@@ -321,7 +323,10 @@ def test_series_and_pairs_are_converted_under_names_of_ours(tmp_path):
     make_tree(tmp_path / "ppmi", TREES["ppmi"])
     found = find_candidates([str(tmp_path / "ppmi")], out_dir=tmp_path / "out", cohort=load_cohort("ppmi"))
     series = [candidate for candidate in found if candidate.conversion is not None]
-    assert [(item.conversion.kind, Path(item.scan.source).name) for item in series] == [("dicom", "S139451")]
+    assert [(item.conversion.kind, Path(item.scan.source).name) for item in series] == [
+        ("dicom", "S139451"),
+        ("dicom", "S9"),
+    ]
     assert Path(series[0].scan.path).parent == tmp_path / "out/converted"
     assert len(Path(series[0].scan.path).name) == len("0123456789abcdef.nii.gz")
     make_tree(tmp_path / "oasis", TREES["oasis-1"])
@@ -396,3 +401,49 @@ def test_without_a_row_names_are_read_as_ever(tmp_path):
         "p1/t1_mask.nii.gz": "label",
     }
     assert {candidate.scan.cohort for candidate in found} == {"Mine"}
+
+
+@pytest.mark.parametrize(
+    ("cohort", "description", "expected"),
+    [
+        ("ppmi", "MPRAGE_GRAPPA2_adni_", "T1"),
+        ("ppmi", "SAG_T1_3D_FSPGR", "T1"),
+        ("ppmi", "3D_T1-weighted", "T1"),
+        ("ppmi", "sag_3D_FSPGR_BRAVO_straight", "T1"),
+        ("ppmi", "t1_mpr_ns_sag_p2_iso", "T1"),
+        ("ppmi", "AXIAL_T2_FLAIR", "FLAIR"),
+        ("ppmi", "AX_T2_FSE", "T2"),
+        ("ppmi", "2D_GRE-MT", "susceptibility"),
+        ("ppmi", "2D_DIFFUSION_AX_-_GATED", "diffusion"),
+        ("ppmi", "PD-T2_TSE", "proton_density"),
+        ("ppmi", "Phantom", "calibration"),
+        ("ppmi", "QX-17", "unknown_sequence"),
+        ("adni", "MP-RAGE_REPEAT", "T1"),
+        ("adni", "IR-SPGR", "T1"),
+        ("adni", "MT1__GradWarp__N3m", "T1"),
+        ("adni", "Hippocampal_Mask", "label"),
+        ("adni", "T2-weighted_FSE", "other_sequence"),
+    ],
+)
+def test_a_series_of_loni_is_what_its_description_says(tmp_path, cohort, description, expected):
+    folder = tmp_path / f"LONI/100_S_0001/{description}/2010-01-01_00_00_00.0/I1"
+    folder.mkdir(parents=True)
+    (folder / "scan.nii").touch()
+    (found,) = find_candidates([str(tmp_path / "LONI")], out_dir=tmp_path / "out", cohort=load_cohort(cohort))
+    scan = found.scan
+    assert (scan.reason.partition(":")[0] if scan.status == "skipped" else scan.sequence) == expected
+
+
+def test_no_image_is_opened_or_asked_for_its_size(tmp_path, monkeypatch):
+    make_tree(tmp_path / "data", TREES["adni"])
+
+    def refuse(self, *arguments, **options):
+        raise AssertionError(f"{self} is opened")
+
+    cohort = load_cohort("adni")
+    asked = []
+    stat = Path.stat
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "stat", lambda self, **options: asked.append(self.suffix) or stat(self, **options))
+    assert len(find_candidates([str(tmp_path / "data")], out_dir=tmp_path / "out", cohort=cohort)) == len(TREES["adni"])
+    assert ".nii" not in asked and ".dcm" not in asked
