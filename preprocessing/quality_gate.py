@@ -77,6 +77,8 @@ class MaskFindings:
     def faults(self) -> list[str]:
         """What speaks against the mask, each as ``what: found, expected``; empty when it may pass."""
         low, high = BRAIN_ML_RANGE
+        if not self.components:
+            return [f"empty: no voxel, expected a brain of {low:.0f} to {high:.0f} ml"]
         judgements = [
             (
                 low <= self.brain_ml <= high,
@@ -144,16 +146,16 @@ def examine_mask(mask: np.ndarray, volume: Volume) -> MaskFindings:
     coarse = share > 0.5
     core = ndimage.binary_erosion(opinion, iterations=_CELLS, border_value=1)
     reach = ndimage.binary_dilation(opinion, iterations=_CELLS) & (depth > SKIN_MM)
-    both = np.count_nonzero(coarse & opinion)
+    both, held = int(np.count_nonzero(coarse & opinion)), max(1, int(np.count_nonzero(coarse)))
     return MaskFindings(
         brain_ml=count * voxel_ml(volume),
         components=int(components),
         largest_component=count / total,
         border=1 - int(np.count_nonzero(inner)) / count,
-        agreement=2 * both / max(1, np.count_nonzero(coarse) + np.count_nonzero(opinion)),
+        agreement=2 * both / (held + int(np.count_nonzero(opinion))),
         covered=float(share[core].mean()) if core.any() else 0.0,
-        holes=np.count_nonzero(ndimage.binary_fill_holes(coarse) & ~coarse) / max(1, np.count_nonzero(coarse)),
-        inside=np.count_nonzero(coarse & reach) / max(1, np.count_nonzero(coarse)),
+        holes=int(np.count_nonzero(ndimage.binary_fill_holes(coarse) & ~coarse)) / held,
+        inside=int(np.count_nonzero(coarse & reach)) / held,
     )
 
 

