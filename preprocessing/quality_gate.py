@@ -203,7 +203,7 @@ def gate_picture(volume: Volume, mask: np.ndarray) -> np.ndarray:
     places = np.nonzero(mask)
     centre = [round(float(place.mean())) if len(place) else n // 2 for place, n in zip(places, mask.shape, strict=True)]
     low, high = np.percentile(volume.data[:: max(1, mask.shape[0] // 64)], [1, 99.5])
-    scale = 255 / max(float(high - low), np.finfo(np.float32).tiny)
+    scale = 255 / float(high - low) if high > low else 1.0
     extents = [n * size for n, size in zip(volume.shape, volume.spacing, strict=True)]
     widths = [extents[1], extents[0], extents[0]]
     tallest = max(extents[2], extents[1])

