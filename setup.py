@@ -64,7 +64,7 @@ setup(
         "pydicom>=3",
         "dcm2niix",
         "h5py",
-        "numpy",
+        "numpy>=2",
         "HD-BET>=2.0.1",
         "blosc2>=3",
         "safetensors",

@@ -68,7 +68,7 @@ def build_steps(data: Path, out: Path) -> list[Step]:
 
     steps = [
         # The pattern starts above the patient's folder, so that the folder names the subject.
-        prepare("One glioma patient, raw and stripped", str(data / "tcga*" / "*.nii.gz"), "--cohort", "tcga-lgg"),
+        prepare("One glioma patient, raw and stripped", str(data / "tcga*" / "*.nii.gz"), "--cohort-name", "tcga-lgg"),
         prepare("19 adults, T1", str(data / "oasis-t1"), "--sequence", "T1", "--subject-pattern", r"(?P<subject>\d+)_"),
         prepare("One BraTS patient", str(data / "brats")),
         prepare("Three single scans", str(data / "misc")),

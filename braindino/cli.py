@@ -17,7 +17,15 @@ VERBS = {
     "doctor": Verb("braindino.doctor", "what this machine has, and what would be used"),
     "demo": Verb("braindino.demo", "the whole way on a simulated cohort: scans to segmentation, diagnosis and report"),
     "simulate": Verb("braindino.simulation.simulate", "write a simulated cohort in BIDS"),
+    "cohorts": Verb("braindino.preprocessing.list_cohorts", "the published cohorts that can be prepared by name"),
+    "labels": Verb("braindino.preprocessing.labels", "a cohort's published tables to one tidy table of labels"),
+    "fetch-hd-bet": Verb("braindino.preprocessing.hd_bet_weights", "download the weights of HD-BET 2, once"),
     "prepare": Verb("braindino.preprocessing.prepare", "raw scans to skull-stripped, normalised slices"),
+    "verify": Verb("braindino.store_verify", "find damage in a slice store, to the byte"),
+    "merge": Verb("braindino.store_merge", "several slice stores into one"),
+    "subset": Verb("braindino.store_subset", "part of a slice store, by cohort, sequence or subject"),
+    "stats": Verb("braindino.report.corpus", "slices, scans and subjects of a store, as table and figure"),
+    "audit": Verb("braindino.audit", "was anything that is tested on pretrained on, under whatever name"),
     "split": Verb("braindino.hold_out", "choose the subjects to hold out, once for every room"),
     "pretrain": Verb("braindino.pretrain.train", "DINOv3-style self-distillation on slices"),
     "nnunet": Verb("nnunet_braindino.cli", "convert, score and check for the nnU-Net trainers"),
@@ -49,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["usage: braindino VERB [...]   (braindino VERB -h tells more)", ""]
-    lines += [f"  {name:<10} {verb.summary}" for name, verb in VERBS.items()]
+    lines += [f"  {name:<12} {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(lines)
 
 

@@ -177,7 +177,7 @@ def _segmentation(out: Path, cohort: Path, held_out: Path, pretrained: Path) -> 
         verb(
             "Tumour dataset for nnU-Net",
             "nnunet", "convert-bids", cohort, "--dataset-id", DATASET_ID, "--name", DATASET.split("_", 1)[1],
-            "--test-subjects", held_out, environment=folders,
+            "--test-subjects", held_out, "--pretrained-on", pretrained, environment=folders,
         ),
         program(
             "Plan and preprocess",

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from braindino.atomic import write_text
 
@@ -93,7 +94,7 @@ def write_quality(path: str | Path, rows: Iterable[ScanQuality]) -> None:
     write_text(path, buffer.getvalue())
 
 
-def _parse(name: str, cell: str) -> str | float | int | None:
+def _parse(name: str, cell: str) -> Any:
     if name in _TEXTS:
         return cell
     if cell == "n/a":

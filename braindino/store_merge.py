@@ -150,7 +150,8 @@ def _conflict(held: Pick, pick: Pick) -> str:
     fields = [name for name in one if one[name] != other[name]]
     where = f"{one['path']} in {held.store.store_dir}, {other['path']} in {pick.store.store_dir}"
     # Positions, lengths and checksums; where slices begin in a file depends on the length of its scan's row.
-    same_slices = np.array_equal(*(each.store.records_of_scan(each.row)[:, [0, 1, 3]] for each in (held, pick)))
+    mine, theirs = (each.store.records_of_scan(each.row)[:, [0, 1, 3]] for each in (held, pick))
+    same_slices = np.array_equal(mine, theirs)
     what = f"same slices, but different {', '.join(fields)}" if same_slices and fields else "different slices"
     return f"{where}: {what}"
 

@@ -305,7 +305,7 @@ def _check_length(image: nib.Nifti1Image, num_bytes: int, path: Path) -> None:
     shape, item = image.shape, image.header.get_data_dtype().itemsize
     if min(shape, default=0) < 1:
         raise VolumeError("unreadable", f"{path}: a damaged NIfTI header (shape {shape}); export the scan again")
-    expected = int(image.dataobj.offset) + math.prod(int(extent) for extent in shape) * item
+    expected = int(image.header.get_data_offset()) + math.prod(int(extent) for extent in shape) * item
     if num_bytes < expected:
         raise VolumeError(
             "truncated",

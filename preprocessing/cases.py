@@ -11,7 +11,6 @@ that of a stage before it has changed.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import NamedTuple
 
 from braindino.atomic import write_json
 from braindino.manifest import Scan, mask_path, write_scans
-from braindino.preprocessing.conversion import Conversion
+from braindino.preprocessing.conversion import Conversion, source_files
 from braindino.preprocessing.discovery import Candidate
 from braindino.scan_quality import ScanQuality, write_quality
 from braindino.slice_store import SliceStoreWriter
+from braindino.volume import VolumeError
 
 CASE_VERSION = 2
 STAGES = ("convert", "strip", "slices")
@@ -127,7 +127,7 @@ class CaseFolder:
                 return True
             if file_hash(files) != case.file_hash:
                 return False
-        except OSError:
+        except (OSError, VolumeError):
             return False
         if remember and state != case.state:
             touched = replace(case, state=state)
@@ -213,18 +213,17 @@ def remove_case(out_dir: Path, case: Case, *, keep_mask: bool = False) -> None:
 
 
 def input_files(scan: Scan, conversion: Conversion | None) -> list[Path]:
-    """The files that an input consists of, sorted by name.
+    """All files that an input consists of, in a fixed order.
 
     Raises:
         OSError: the folder of a series cannot be listed.
+        VolumeError: a series has no files.
     """
     path = Path(input_path(scan))
-    if conversion is None or not path.is_dir():
+    if conversion is None:
         return [path]
-    if conversion.files:
-        return [path / name for name in sorted(conversion.files)]
-    with os.scandir(path) as entries:
-        return sorted(path / entry.name for entry in entries if entry.is_file())
+    # A missing part (a header, say) is for the conversion to name.
+    return [file for file in source_files(conversion, path) if file.exists()]
 
 
 def input_state(files: Iterable[Path]) -> InputState:
