@@ -75,6 +75,7 @@ setup(
         "matplotlib",
         "pillow",
         "openpyxl",
+        "xlrd>=2",
         "tqdm",
         "nilearn",
         "pyyaml",
