@@ -9,6 +9,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -305,7 +306,8 @@ def _check_length(image: nib.Nifti1Image, num_bytes: int, path: Path) -> None:
     shape, item = image.shape, image.header.get_data_dtype().itemsize
     if min(shape, default=0) < 1:
         raise VolumeError("unreadable", f"{path}: a damaged NIfTI header (shape {shape}); export the scan again")
-    expected = int(image.header.get_data_offset()) + math.prod(int(extent) for extent in shape) * item
+    proxy: Any = image.dataobj  # the header of a loaded image says 0: nibabel keeps the offset here alone
+    expected = int(proxy.offset) + math.prod(int(extent) for extent in shape) * item
     if num_bytes < expected:
         raise VolumeError(
             "truncated",
