@@ -365,8 +365,13 @@ class SliceStore:
         """
         return _float32(self.read_float16(index))
 
-    def read_float16(self, index: int) -> np.ndarray:
-        """(256, 256) float16: the slice exactly as stored, for loaders that convert on the device."""
+    def read_float16(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
+        """(256, 256) float16: the slice exactly as stored, for loaders that convert on the device.
+
+        Args:
+            index: which slice.
+            out: (256, 256) float16, C-contiguous, filled and returned instead of a new array: a place in a batch.
+        """
         index = self._checked(index)
         row = self._row_of(index)
         position, length, offset, crc32 = self._records[index].tolist()
@@ -377,7 +382,9 @@ class SliceStore:
         # The second number of the chunk's own header is its size when unpacked.
         if zlib.crc32(chunk) != crc32 or int.from_bytes(chunk[4:8], "little") != _SLICE_BYTES:
             raise self._damage(index, row, position)
-        half = np.empty(SLICE_SHAPE, dtype=np.float16)
+        half = np.empty(SLICE_SHAPE, dtype=np.float16) if out is None else out
+        if half.nbytes != _SLICE_BYTES or half.dtype != np.float16 or not half.flags.c_contiguous:
+            raise ValueError(f"out: found {half.dtype} {half.shape}; expected contiguous float16 {SLICE_SHAPE}")
         try:
             # One thread: a pool of them would be gone, and waited for, in a forked reader.
             blosc2.decompress2(chunk, half, nthreads=1)
@@ -530,8 +537,10 @@ class SliceStore:
                 with suppress(KeyError):  # another thread was quicker
                     self._files.popitem(last=False)
         else:
-            with suppress(KeyError):
+            try:  # not contextlib.suppress, which takes longer than all else here
                 self._files.move_to_end(row)
+            except KeyError:  # another thread has dropped it meanwhile; it is still open here
+                self._files[row] = file
         return file
 
 
@@ -694,10 +703,10 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _compress(half: np.ndarray) -> bytes:
-    # Unpacked three times as fast as Zstandard, a twentieth larger: the best of the codecs tried on z-scored MRI
+    # Unpacked three times as fast as Zstandard, hardly larger: the best of the codecs tried on z-scored MRI
     # (benchmarks/RESULTS.md). One thread, so that the bytes do not depend on the machine.
     return blosc2.compress2(
-        half.tobytes(), codec=blosc2.Codec.LZ4HC, clevel=3, filters=[blosc2.Filter.SHUFFLE], typesize=2, nthreads=1
+        half.tobytes(), codec=blosc2.Codec.LZ4HC, clevel=5, filters=[blosc2.Filter.SHUFFLE], typesize=2, nthreads=1
     )
 
 

@@ -171,6 +171,17 @@ def test_every_finite_float16_becomes_the_same_float32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(writer.publish()[0], every[0].astype(np.float32))
 
 
+def test_a_slice_is_read_into_its_place_in_a_batch(tmp_path: Path) -> None:
+    store = filled(tmp_path / "store")
+    batch = np.zeros((3, 256, 256), dtype=np.float16)
+    for place, index in enumerate((7, 2, 4)):
+        assert store.read_float16(index, out=batch[place]) is not None
+    np.testing.assert_array_equal(batch, np.stack([store.read_float16(index) for index in (7, 2, 4)]))
+    for bad in (batch[0].astype(np.float32), batch[0, :128], batch[0].T):
+        with pytest.raises(ValueError, match=r"out: found .*expected contiguous float16 \(256, 256\)"):
+            store.read_float16(0, out=bad)
+
+
 def test_opening_reads_neither_rows_nor_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path / "store")
     monkeypatch.setattr("braindino.slice_store.read_scans", lambda path: pytest.fail(f"{path} was read"))
