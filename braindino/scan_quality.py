@@ -33,7 +33,7 @@ class ScanQuality:
         agreement: Dice of that part with a quick second opinion.
         covered: share of where a brain must be, by that opinion, that the mask holds.
         inside: share of the mask that lies where a brain can be.
-        holes: share of the mask that would be added by closing it.
+        holes: volume that the mask encloses without holding it, as a share of its own.
     """
 
     scan_id: str

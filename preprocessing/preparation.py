@@ -36,7 +36,15 @@ from braindino.scan_quality import ScanQuality
 from braindino.slice_store import SliceStoreWriter
 from braindino.slices import NUM_SLICES, SLICE_ORIENTATION, axial_slices, gaussian_indices, scan_generator
 from braindino.transforms import standardize
-from braindino.volume import Volume, VolumeError, load_mask, load_volume, obliqueness, save_mask_like
+from braindino.volume import (
+    Volume,
+    VolumeError,
+    check_field_of_view,
+    load_mask,
+    load_volume,
+    obliqueness,
+    save_mask_like,
+)
 
 # Raised whenever the same file and settings give another brain mask (STRIP), another judgement of it (GATE) or other
 # slices (SLICES) than before.
@@ -180,6 +188,7 @@ class ScanPreparer:
         assert volume is not None
         known.quality = _measure(scan, volume)
         check_is_image(volume)
+        check_field_of_view(volume)
         notes = list(volume.notes)
         if self.settings.skull_strip == "none" or looks_stripped(volume):
             mask_path(self.out_dir, scan).unlink(missing_ok=True)
