@@ -24,10 +24,12 @@ COUNTS = (10, 100, 1000, 10_000, 50_000)
 
 # Runs by itself: a process that made the store has its memory full of it.
 READER = """
-import resource, sys, time
+import sys, time
 from braindino.slice_store import SliceStore
 SliceStore(sys.argv[2])[0]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+before = resident()
 times = []
 for _ in range(20):
     start = time.perf_counter()
@@ -35,12 +37,12 @@ for _ in range(20):
     opened = time.perf_counter()
     store[len(store) // 2]
     times.append((opened - start, time.perf_counter() - start))
-memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+memory = resident() - before
 start = time.perf_counter()
 store.scans
 rows = time.perf_counter() - start
 open_only, with_slice = (sorted(column)[10] for column in zip(*times))
-print(1e3 * open_only, 1e3 * with_slice, memory / 1024, rows)
+print(1e3 * open_only, 1e3 * with_slice, memory / 2**20, rows)
 """
 
 

@@ -345,12 +345,13 @@ class SliceStore:
         self.index_name: str = name
         #: Rows of ``scans``.
         self.num_scans = len(scans)
-        self.scan_ids: list[str] = [scan_id.decode() for scan_id in scans["scan_id"].tolist()]
         #: (num_scans,) CRC-32 of the header of each scan's file.
         self.header_crc32: np.ndarray = scans["header_crc32"]
         self._meta = meta
         self._records = records
-        self._first: list[int] = scans["first_slice"].tolist()
+        self._ids = scans["scan_id"]
+        # A memoryview gives Python's own numbers without a list of them all, and bisect knows how to search it.
+        self._first = scans["first_slice"].astype(np.int64).data
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
 
     def __len__(self) -> int:
@@ -419,6 +420,11 @@ class SliceStore:
         return scans
 
     @cached_property
+    def scan_ids(self) -> list[str]:
+        """``scan_id`` of each scan, in the order of the index."""
+        return [scan_id.decode() for scan_id in self._ids.tolist()]
+
+    @cached_property
     def scan_index(self) -> np.ndarray:
         """(len,) int32 row in ``scans`` of each slice; made at first use."""
         return np.repeat(np.arange(self.num_scans, dtype=np.int32), self.slices_per_scan)
@@ -435,7 +441,7 @@ class SliceStore:
 
     def scan_path(self, row: int) -> Path:
         """The file that holds the slices of scan ``row``."""
-        scan_id = self.scan_ids[row]
+        scan_id = self._ids[row].decode()
         return self.store_dir / "slices" / scan_id[:2] / scan_id
 
     def check_index(self) -> list["Problem"]:
@@ -508,7 +514,7 @@ class SliceStore:
         try:
             return self.scans[row].path
         except (OSError, ValueError):
-            return f"scan {self.scan_ids[row]}"
+            return f"scan {self._ids[row].decode()}"
 
     def _gone(self) -> StoreError | None:
         """The error to raise when another index was published since this one was opened."""
