@@ -33,7 +33,7 @@ from braindino.preprocessing.discovery import Candidate
 from braindino.preprocessing.quality_gate import MaskFindings, examine_mask, gate_picture
 from braindino.preprocessing.skull_strip import TOOLS, SkullStripper, largest_component, looks_stripped
 from braindino.scan_quality import ScanQuality
-from braindino.slice_store import SliceStoreWriter
+from braindino.slice_store import FORMAT_VERSION, SliceStoreWriter
 from braindino.slices import NUM_SLICES, SLICE_ORIENTATION, axial_slices, gaussian_indices, scan_generator
 from braindino.transforms import standardize
 from braindino.volume import (
@@ -96,7 +96,9 @@ class Settings:
         return {
             "convert": convert_key,
             "strip": key_of(STRIP_VERSION, self.skull_strip, self.skull_strip_version, self.mirroring),
-            "slices": key_of(SLICES_VERSION, GATE_VERSION, self.seed, candidate.scan.scan_id in self.accepted),
+            "slices": key_of(
+                SLICES_VERSION, FORMAT_VERSION, GATE_VERSION, self.seed, candidate.scan.scan_id in self.accepted
+            ),
         }
 
 
