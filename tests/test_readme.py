@@ -17,7 +17,7 @@ SHORTENED = {
     "--skull-strip hd-bet --jobs 4": "--skull-strip none --jobs 2",
     "pretrain/train.py stage1": f"{ROOT / 'pretrain' / 'train.py'} debug",
     "--encoder run/encoder --out": "--encoder run/encoder --num-slices 4 --out",
-    "eval\n": "eval --ratios 1.0 --seeds 0 --test-fraction 0.34\n",
+    "--out eval --": "--out eval --ratios 1.0 --seeds 0 --",
 }
 
 
