@@ -28,14 +28,14 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         # mkstemp makes files private to their owner; a finished file gets the permissions any new file would have had.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -49,8 +49,8 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _sync(path: Path) -> None:
-    """Flush a file, or the directory entry of a rename, to the disk."""
+def sync(path: Path) -> None:
+    """Flush a file, or the renames in a folder, to the disk: what is done later cannot get there before it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

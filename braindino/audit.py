@@ -1,7 +1,6 @@
 """``braindino audit PRETRAIN DOWNSTREAM``: was anything that is tested on pretrained on, under whatever name?"""
 
 import csv
-import io
 import json
 import sys
 from collections import Counter
@@ -14,11 +13,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from braindino.atomic import write_text
 from braindino.fingerprint import MAX_APPEARANCE_DISTANCE, appearance_hash, content_hash
 from braindino.leakage import KINDS, Crosswalk, Exposure, Overlap, find_overlaps, read_exposure
 from braindino.manifest import Scan, read_scans
 from braindino.progress import track
+from braindino.tables import write_table
 from braindino.transforms import standardize
 from braindino.volume import Volume, VolumeError, load_volume
 
@@ -159,11 +158,8 @@ def add_fingerprints(scan: Scan) -> Scan:
 
 def write_overlaps(path: Path, overlaps: Sequence[Overlap]) -> None:
     """Write a row for each overlap, atomically."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, OVERLAP_COLUMNS, delimiter="\t", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_record(overlap) for overlap in overlaps)
-    write_text(path, buffer.getvalue())
+    records = map(_record, overlaps)
+    write_table(path, OVERLAP_COLUMNS, ([record[name] for name in OVERLAP_COLUMNS] for record in records))
 
 
 def format_result(result: AuditResult) -> str:

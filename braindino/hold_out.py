@@ -1,6 +1,5 @@
 """``braindino split``: choose the subjects that every room holds out, before anything is trained."""
 
-import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import tyro
 from braindino.leakage import Crosswalk, check_test_scans, read_exposure
 from braindino.manifest import read_scans
 from braindino.splits import split_subjects, write_subjects
+from braindino.tables import read_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,7 @@ def _participant(subject_key: str) -> str:
 
 
 def _column(path: Path, column: str) -> dict[str, str]:
-    with path.open(newline="", encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle, delimiter="\t"))
-    if not rows or column not in rows[0] or "participant_id" not in rows[0]:
-        found = list(rows[0]) if rows else []
-        raise ValueError(f"{path}: found columns {found}; expected participant_id and {column}")
-    return {row["participant_id"].removeprefix("sub-"): row[column] for row in rows}
+    table = read_table(path)
+    if not {"participant_id", column} <= set(table.columns):
+        raise ValueError(f"{path}: found columns {table.columns}; expected participant_id and {column}")
+    return {row["participant_id"].removeprefix("sub-"): row[column] for row in table.rows}

@@ -6,7 +6,6 @@ made by it. Lines that start with ``#`` come first: the version, and what is not
 """
 
 import csv
-import io
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from braindino.atomic import write_text
 from braindino.fingerprint import MAX_APPEARANCE_DISTANCE, pack_appearance
 from braindino.manifest import Scan, read_scans
 from braindino.slice_store import SliceStore
+from braindino.tables import write_table
 
 EXPOSURE_FILE = "pretrained_on.tsv"
 FORMAT_VERSION = 1
@@ -78,15 +77,9 @@ class Overlap(NamedTuple):
 
 def write_exposure(path: str | Path, exposure: Exposure) -> None:
     """Write the table atomically, sorted, each row once: the same scans give the same bytes."""
-    buffer = io.StringIO()
-    buffer.write(f"{_FIRST_LINE}{FORMAT_VERSION}\n")
-    for text in exposure.unknown:
-        buffer.write(f"{_UNKNOWN_LINE}{' '.join(text.split())}\n")
-    writer = csv.writer(buffer, delimiter="\t", lineterminator="\n")
-    writer.writerow(EXPOSURE_COLUMNS)
     rows = {tuple(" ".join(getattr(scan, name).split()) for name in EXPOSURE_COLUMNS) for scan in exposure.scans}
-    writer.writerows(sorted(rows))
-    write_text(path, buffer.getvalue())
+    unknown = [f"{_UNKNOWN_LINE}{' '.join(text.split())}" for text in exposure.unknown]
+    write_table(path, EXPOSURE_COLUMNS, sorted(rows), comments=[f"{_FIRST_LINE}{FORMAT_VERSION}", *unknown])
 
 
 def read_exposure(path: str | Path) -> Exposure:

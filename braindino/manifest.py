@@ -1,14 +1,12 @@
 """One row per input file: what it is, what became of it, and why. Owner of the ``scans.tsv`` format (version 2)."""
 
-import csv
 import hashlib
-import io
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from braindino.atomic import write_text
+from braindino.tables import read_table, write_table
 from braindino.volume import Volume, load_mask, load_volume
 
 SEQUENCES = ("T1", "T1c", "T2", "FLAIR")
@@ -80,42 +78,32 @@ def read_scans(path: str | Path) -> list[Scan]:
     Raises:
         ValueError: a column is missing or a number is not one; names the file and the line.
     """
-    with Path(path).open(newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle, delimiter="\t")
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path}: columns {missing} are missing; found {reader.fieldnames}, expected {list(COLUMNS)}"
-            )
-        scans = []
-        for row in reader:
-            try:
-                num_slices, seconds = int(row["num_slices"]), float(row["seconds"])
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: {error}; expected numbers in num_slices and seconds"
-                ) from error
-            texts = {name: row[name] for name in COLUMNS if name not in ("num_slices", "seconds")}
-            scans.append(Scan(**texts, num_slices=num_slices, seconds=seconds))
-        return scans
+    table = read_table(path, COLUMNS)
+    scans = []
+    for line, row in zip(table.lines, table.rows, strict=True):
+        try:
+            num_slices, seconds = int(row["num_slices"]), float(row["seconds"])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}; expected numbers in num_slices and seconds") from error
+        texts = {name: row[name] for name in COLUMNS if name not in ("num_slices", "seconds")}
+        scans.append(Scan(**texts, num_slices=num_slices, seconds=seconds))
+    return scans
 
 
 def write_scans(path: str | Path, scans: list[Scan]) -> None:
     """Write ``scans.tsv`` atomically, one row per scan in the order given."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, delimiter="\t", lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows = []
     for scan in scans:
         row = [getattr(scan, name) for name in COLUMNS]
         row[COLUMNS.index("seconds")] = f"{scan.seconds:.3f}"
         # A tab or line break inside a message would need quoting, which few TSV readers expect.
-        writer.writerow(
+        rows.append(
             [
                 " ".join(cell.split()) if isinstance(cell, str) and name not in ("path", "source") else cell
                 for name, cell in zip(COLUMNS, row, strict=True)
             ]
         )
-    write_text(path, buffer.getvalue())
+    write_table(path, COLUMNS, rows)
 
 
 def mask_path(prepared_dir: str | Path, scan: Scan) -> Path:

@@ -4,14 +4,13 @@ The table stands beside ``scans.tsv`` and has one row for every scan that could 
 ``scan_id`` joins the two.
 """
 
-import csv
-import io
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from braindino.atomic import write_text
+from braindino.tables import read_table, write_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +54,19 @@ class ScanQuality:
     holes: float | None = None
 
 
+#: What a mask of the quality gate must be within, both ends included. Measured on HD-BET's
+#: masks of six scans (T1, T1c, T2, FLAIR; 0.9 to 5.5 mm slices) and on wrong masks made of them, see docs/decisions.md.
+LIMITS: dict[str, tuple[float, float]] = {
+    # A newborn's brain has 350 ml, the largest adult ones 2.1 l; a head has 3 to 6.
+    "brain_ml": (300.0, 2300.0),
+    "largest_component": (0.9, math.inf),
+    "border": (-math.inf, 0.05),
+    "agreement": (0.75, math.inf),
+    "covered": (0.85, math.inf),
+    "holes": (-math.inf, 0.02),
+    "inside": (0.97, math.inf),
+}
+
 COLUMNS = tuple(field.name for field in fields(ScanQuality))
 _TEXTS = ("scan_id", "shape", "spacing", "stripped_by")
 
@@ -65,33 +77,25 @@ def read_quality(path: str | Path) -> list[ScanQuality]:
     Raises:
         ValueError: a column is missing or a number is not one; names the file and the line.
     """
-    with Path(path).open(newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle, delimiter="\t")
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path}: columns {missing} are missing; found {reader.fieldnames}, expected {list(COLUMNS)}"
-            )
-        rows = []
-        for row in reader:
-            try:
-                rows.append(ScanQuality(**{name: _parse(name, row[name]) for name in COLUMNS}))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-        return rows
+    table = read_table(path, COLUMNS)
+    rows = []
+    for line, row in zip(table.lines, table.rows, strict=True):
+        try:
+            rows.append(ScanQuality(**{name: _parse(name, row[name]) for name in COLUMNS}))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from error
+    return rows
 
 
 def write_quality(path: str | Path, rows: Iterable[ScanQuality]) -> None:
     """Write ``quality.tsv`` atomically, in the order given."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, delimiter="\t", lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        cells = (getattr(row, name) for name in COLUMNS)
-        writer.writerow(
-            ["n/a" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells]
-        )
-    write_text(path, buffer.getvalue())
+    write_table(path, COLUMNS, ([_format(getattr(row, name)) for name in COLUMNS] for row in rows))
+
+
+def _format(cell: str | float | None) -> str:
+    if cell is None:
+        return "n/a"
+    return f"{cell:.6g}" if isinstance(cell, float) else str(cell)
 
 
 def _parse(name: str, cell: str) -> Any:

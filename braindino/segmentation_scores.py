@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from braindino.atomic import write_json, write_text
+from braindino.atomic import write_json
 from braindino.leakage import UNKNOWN
+from braindino.tables import write_table
 
 FORMAT_VERSION = 1
 EMPTY_NOTE = "empty in both prediction and reference: no Dice, not counted in the mean"
@@ -59,7 +60,7 @@ def write_scores(scores: SegmentationScores, out_dir: str | Path) -> None:
     )
     names = list(scores.summary)
     rows = [[case, *(_cell(row[name]) for name in names)] for case, row in scores.cases.items()]
-    write_text(Path(out_dir) / "scores.tsv", "\n".join("\t".join(row) for row in [["case", *names], *rows]) + "\n")
+    write_table(Path(out_dir) / "scores.tsv", ["case", *names], rows)
 
 
 def read_scores(path: str | Path) -> SegmentationScores:

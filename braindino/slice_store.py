@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 import blosc2
 import numpy as np
 
-from braindino.atomic import replace_file
+from braindino.atomic import replace_file, sync
 from braindino.manifest import Scan, read_scans, write_scans
 
 FORMAT_VERSION = 2
@@ -236,7 +236,7 @@ class SliceStoreWriter:
         index_name = digest.hexdigest()[:16]
         for name, path in unnamed.items():
             path.replace(index_dir / f"{index_name}.{name}")
-        sync_folder(index_dir)
+        sync(index_dir)
         # The fingerprint covers every compressed byte through the checksums, and which scan and position it belongs to.
         fingerprint = hashlib.sha256()
         for entry in entries:
@@ -651,15 +651,6 @@ def check_scan_file(path: Path, *, deep: bool) -> tuple[ScanFile | None, list[Pr
             message = f"{path}: slice at position {position} of {file.scan.path} is damaged; prepare that scan again"
             problems.append(Problem(_relative(path), file.scan.path, message))
     return file, problems
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush renames in a folder to the disk, so that they cannot come after one that is made later elsewhere."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Entry(NamedTuple):

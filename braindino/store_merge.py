@@ -11,9 +11,10 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import tyro
 
+from braindino.atomic import sync
 from braindino.lock import lock_folder
 from braindino.progress import track
-from braindino.slice_store import SliceStore, SliceStoreWriter, scan_files, sync_folder
+from braindino.slice_store import SliceStore, SliceStoreWriter, scan_files
 from braindino.store_verify import store_folder
 
 EXAMPLES = 10
@@ -137,7 +138,7 @@ def assemble(out: Path, picks: Sequence[Pick], *, contract: dict) -> SliceStore:
             writer.adopt(pick.path, header_crc32=int(pick.store.header_crc32[pick.row]))
             folders.add(writer.scan_file(pick.scan_id).parent)
         for folder in folders:
-            sync_folder(folder)
+            sync(folder)
         return writer.publish()
 
 

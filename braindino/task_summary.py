@@ -5,12 +5,11 @@ interval is the 95 % bootstrap interval over subjects. ``pretraining_overlap`` s
 encoder has seen before (``braindino.leakage``); tables of version 1 have no such column and are read as ``unknown``.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from braindino.atomic import write_text
 from braindino.leakage import UNKNOWN
+from braindino.tables import read_table, write_table
 
 COLUMNS = (
     "encoder", "ratio", "variant", "metric", "estimate", "low", "high", "baseline", "baseline_low", "baseline_high",
@@ -21,8 +20,7 @@ COLUMNS = (
 
 def write_task_summary(path: str | Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Write the rows atomically; each has a text for every one of ``COLUMNS``."""
-    lines = ["\t".join(COLUMNS), *("\t".join(row[name] for name in COLUMNS) for row in rows)]
-    write_text(path, "\n".join(lines) + "\n")
+    write_table(path, COLUMNS, ([row[name] for name in COLUMNS] for row in rows))
 
 
 def read_task_summary(path: str | Path) -> list[dict[str, str]]:
@@ -31,15 +29,10 @@ def read_task_summary(path: str | Path) -> list[dict[str, str]]:
     Raises:
         ValueError: a column is missing, a row is cut short, or there is no row.
     """
-    with Path(path).open(newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle, delimiter="\t")
-        rows = list(reader)
-    for row in rows:
-        row.setdefault("pretraining_overlap", UNKNOWN)
-    missing = [name for name in COLUMNS[:-1] if name not in (reader.fieldnames or ())]
-    if missing or not rows or any(None in row.values() for row in rows):
-        raise ValueError(
-            f"{path}: columns {missing} are missing, {len(rows)} rows; "
-            "expected the table that `braindino evaluate` writes"
-        )
-    return rows
+    try:
+        rows = read_table(path, COLUMNS[:-1]).rows
+    except ValueError as error:
+        raise ValueError(f"{error}: expected the table that `braindino evaluate` writes") from error
+    if not rows:
+        raise ValueError(f"{path}: no row; expected the table that `braindino evaluate` writes")
+    return [{"pretraining_overlap": UNKNOWN} | row for row in rows]

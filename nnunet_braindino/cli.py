@@ -29,21 +29,13 @@ VARIABLES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertBids:
-    """A BIDS cohort with tumour labels in derivatives/tumor to an nnU-Net dataset with the regions WT, TC and ET."""
+class _Convert:
+    """What both kinds of conversion ask for."""
 
-    bids: tyro.conf.Positional[Path]
-    """Folder of the cohort."""
     dataset_id: int
     """nnU-Net's number of the dataset, 1 to 999."""
     name: str
     """The rest of its name, letters and digits."""
-    test_subjects: Path | None = None
-    """List of cohort/subject, as `braindino split` writes it: these go to imagesTs."""
-    sequences: tuple[str, ...] = SEQUENCES
-    """Input channels, in this order."""
-    cohort: str | None = None
-    """The part before the slash in that list; the folder's name by default."""
     pretrained_on: Path | None = None
     """Encoder, run or store: test subjects that it has seen are refused, and the scores say what was found."""
     crosswalk: tuple[Path, ...] = ()
@@ -53,17 +45,27 @@ class ConvertBids:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertPairs:
+class ConvertBids(_Convert):
+    """A BIDS cohort with tumour labels in derivatives/tumor to an nnU-Net dataset with the regions WT, TC and ET."""
+
+    bids: tyro.conf.Positional[Path]
+    """Folder of the cohort."""
+    test_subjects: Path | None = None
+    """List of cohort/subject, as `braindino split` writes it: these go to imagesTs."""
+    sequences: tuple[str, ...] = SEQUENCES
+    """Input channels, in this order."""
+    cohort: str | None = None
+    """The part before the slash in that list; the folder's name by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertPairs(_Convert):
     """Images and label maps found by file name patterns, each with one '*' (quote them), to an nnU-Net dataset."""
 
     images: tuple[str, ...]
     """A pattern per channel, e.g. 'data/*_t1.nii.gz'."""
     labels: str
     """The pattern of the label maps, e.g. 'data/*_seg.nii.gz'."""
-    dataset_id: int
-    """nnU-Net's number of the dataset, 1 to 999."""
-    name: str
-    """The rest of its name, letters and digits."""
     channels: tuple[str, ...]
     """What each channel is, e.g. T1."""
     label_names: tuple[str, ...]
@@ -72,12 +74,6 @@ class ConvertPairs:
     """List of cohort/subject that go to imagesTs; what the '*' stands for is the subject."""
     cohort: str | None = None
     """The part before the slash in that list; the name of the images' folder by default."""
-    pretrained_on: Path | None = None
-    """Encoder, run or store: test subjects that it has seen are refused, and the scores say what was found."""
-    crosswalk: tuple[Path, ...] = ()
-    """Tables that join ids of different cohorts, as for `braindino audit`."""
-    allow_overlap: bool = False
-    """Convert all the same; the scores then say so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +187,7 @@ def _convert_pairs(command: ConvertPairs) -> int:
 
 
 def _overlap_stamp(
-    command: ConvertBids | ConvertPairs, cases: list[convert.Case], channels: Sequence[str], test_subjects: list[str]
+    command: _Convert, cases: list[convert.Case], channels: Sequence[str], test_subjects: list[str]
 ) -> str | None:
     """What of the test subjects was pretrained on; None where nobody asked."""
     if command.pretrained_on is None:
@@ -206,7 +202,7 @@ def _overlap_stamp(
     )
 
 
-def _report_conversion(written: convert.Conversion, command: ConvertBids | ConvertPairs, stamp: str | None) -> int:
+def _report_conversion(written: convert.Conversion, command: _Convert, stamp: str | None) -> int:
     print(f"{written.folder}: {written.num_training} cases to train on, {written.num_test} to test on")
     if stamp is not None and command.pretrained_on is not None:
         convert.write_overlap(written.folder, pretrained_on=command.pretrained_on, stamp=stamp)

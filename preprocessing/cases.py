@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from braindino.atomic import write_json
+from braindino.file_digest import file_digest
 from braindino.manifest import Scan, mask_path, write_scans
 from braindino.preprocessing.conversion import Conversion, source_files
 from braindino.preprocessing.discovery import Candidate
@@ -29,8 +30,6 @@ STAGES = ("convert", "strip", "slices")
 # Outcomes that another try may change: they lie in the machine, not in the scan.
 TRANSIENT_CODES = ("worker_died", "failed")
 DUPLICATE = "duplicate"
-
-_READ_BYTES = 1 << 20
 
 
 class InputState(NamedTuple):
@@ -125,7 +124,7 @@ class CaseFolder:
             state = input_state(files)
             if state == case.state and not recheck:
                 return True
-            if file_hash(files) != case.file_hash:
+            if file_digest(*files) != case.file_hash:
                 return False
         except (OSError, VolumeError):
             return False
@@ -234,20 +233,6 @@ def input_state(files: Iterable[Path]) -> InputState:
     """
     stats = [path.stat() for path in files]
     return InputState(sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0))
-
-
-def file_hash(files: Iterable[Path]) -> str:
-    """SHA-256 of the bytes of all files, one after another.
-
-    Raises:
-        OSError: one of them cannot be read.
-    """
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as handle:
-            while block := handle.read(_READ_BYTES):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def key_of(*parts: object) -> str:

@@ -95,6 +95,11 @@ class Series:
     problem: str = ""
 
     @property
+    def path(self) -> str:
+        """What it is known by: its folder, or its first file where it shares the folder with others."""
+        return self.folder if self.whole_folder else f"{self.folder}/{self.files[0]}"
+
+    @property
     def uid(self) -> str:
         return self.tags.get("SeriesInstanceUID", "")
 
@@ -141,13 +146,13 @@ def read_candidates(folders: Sequence[SourceFolder], *, cohort: CohortRow, out_d
     sessions = _sessions([series for series, _ in found])
     candidates = []
     for (series, root), verdict, session in zip(found, verdicts, sessions, strict=True):
-        path = series.folder if series.whole_folder else f"{series.folder}/{series.files[0]}"
-        reason = reason_to_leave(path, root, cohort=cohort) or series.problem or verdict.skip or repeated.get(path, "")
+        reason = reason_to_leave(series.path, root, cohort=cohort) or series.problem or verdict.skip
+        reason = reason or repeated.get(series.path, "")
         match = next(filter(None, (pattern.search(series.folder) for pattern in cohort.patterns)), None)
         by_path = {name: text for name, text in (match.groupdict() if match else {}).items() if text}
         facts = {"subject": series.patient, "session": session, "description": series.description, **by_path}
         sequence = verdict.sequence or UNKNOWN_SEQUENCE
-        candidate = describe(path, facts, cohort=cohort, sequence=sequence, reason=reason)
+        candidate = describe(series.path, facts, cohort=cohort, sequence=sequence, reason=reason)
         conversion = Conversion(
             kind="dicom",
             files=() if series.whole_folder else series.files,
@@ -467,9 +472,8 @@ def _copies(found: Iterable[Series]) -> dict[str, str]:
         for series in group:
             if series is most:
                 continue
-            path = series.folder if series.whole_folder else f"{series.folder}/{series.files[0]}"
             words = f"{series.num_images} images of the series that has {most.num_images} in {most.folder}"
-            reasons[path] = f"duplicate_series: {words}"
+            reasons[series.path] = f"duplicate_series: {words}"
     return reasons
 
 

@@ -6,7 +6,6 @@ that a second call goes on with, unpacked beside its place and renamed into it. 
 ``fetched.json`` (version 1, owned here) and verified whenever the weights are used.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from urllib.request import Request, urlopen
 import tyro
 
 from braindino.atomic import write_json
+from braindino.file_digest import file_digest
 
 # As HD_BET.paths of version 2.0.1 has them.
 URL = "https://zenodo.org/records/14445620/files/release_v1.5.0.zip?download=1"
@@ -111,7 +111,7 @@ def checkpoint_sha256(folder: Path) -> str:
             "another place"
         )
     known = _read_fetched(folder)
-    digests = {name: _digest(folder / name) for name in NEEDED}
+    digests = {name: file_digest(folder / name) for name in NEEDED}
     for name, digest in digests.items():
         if known is not None and known.get(name) != digest:
             raise ValueError(
@@ -206,10 +206,10 @@ def _download(url: str, part: Path, expected: Expected | None) -> Path:
 
 def _check(archive: Path, expected: Expected | None, *, remove: bool) -> str:
     """The SHA-256 of the archive, which is the expected one; a wrong one is removed if we fetched it."""
-    sha256 = _digest(archive)
+    sha256 = file_digest(archive)
     if expected is None:
         return sha256
-    found = sha256 if expected.algorithm == "sha256" else _digest(archive, expected.algorithm)
+    found = sha256 if expected.algorithm == "sha256" else file_digest(archive, algorithm=expected.algorithm)
     if found != expected.digest or expected.size not in (None, _size(archive)):
         fact = f"{archive}: {_size(archive)} bytes, {expected.algorithm} {found}"
         if remove:
@@ -233,7 +233,7 @@ def _install(archive: Path, folder: Path, facts: dict[str, str]) -> None:
             source.extractall(unpacked)
         if missing := [name for name in NEEDED if not (unpacked / name).is_file()]:
             raise ValueError(f"{archive}: has no {', '.join(missing)}; is it the release of HD-BET 2?")
-        digests = {name: _digest(unpacked / name) for name in NEEDED}
+        digests = {name: file_digest(unpacked / name) for name in NEEDED}
         write_json(unpacked / FETCHED, {"version": FETCHED_VERSION, **facts, "sha256": digests})
         unpacked.chmod(0o755)
         unpacked.replace(folder)
@@ -263,14 +263,6 @@ def _read_fetched(folder: Path) -> dict[str, str] | None:
         return {str(name): str(digest) for name, digest in record["sha256"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error}); remove {folder} and run `braindino fetch-hd-bet`") from error
-
-
-def _digest(path: Path, algorithm: str = "sha256") -> str:
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    with path.open("rb") as handle:
-        while block := handle.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _size(path: Path) -> int:

@@ -18,9 +18,9 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from braindino.atomic import write_text
 from braindino.manifest import Scan, read_scans
 from braindino.preprocessing.cohort_table import CohortRow, KeyColumn, LabelColumn, LabelTable, iso_date, load_cohort
+from braindino.tables import write_table
 
 MISSING = "n/a"
 DAYS_PER_YEAR = 365.25
@@ -146,12 +146,11 @@ def read_labels(cohort: CohortRow, sources: Sequence[str], *, name: str = "", sc
 
 def write_labels(path: Path, labels: TidyLabels) -> None:
     """Write the tidy table atomically: cohort, subject, session, then the standard columns; n/a where there is none."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, delimiter="\t", lineterminator="\n")
-    writer.writerow([*Key._fields, *labels.columns])
-    for key, cells in sorted(labels.rows.items()):
-        writer.writerow([*key, *(cells[name].text if name in cells else MISSING for name in labels.columns)])
-    write_text(path, buffer.getvalue())
+    rows = (
+        [*key, *(cells[name].text if name in cells else MISSING for name in labels.columns)]
+        for key, cells in sorted(labels.rows.items())
+    )
+    write_table(path, [*Key._fields, *labels.columns], rows)
 
 
 def summary(labels: TidyLabels, out: Path, scans: Sequence[Scan] = ()) -> str:

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from braindino.atomic import replace_file
+from braindino.file_digest import file_digest
 from braindino.fingerprint import appearance_hash, content_hash
 from braindino.manifest import Scan, mask_path
 from braindino.preprocessing.cases import (
     Case,
     InputState,
-    file_hash,
     input_files,
     input_path,
     input_state,
@@ -134,7 +134,7 @@ class ScanPreparer:
         known = _Known()
         try:
             files = _files(candidate)
-            known.state, known.file_hash = input_state(files), file_hash(files)
+            known.state, known.file_hash = input_state(files), file_digest(*files)
             if old is not None and (old.file_hash, old.keys["convert"]) != (known.file_hash, keys["convert"]):
                 old = None
             known.conversion_notes = self._convert(candidate, old)

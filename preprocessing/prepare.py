@@ -70,12 +70,11 @@ def prepare(options: PrepareOptions) -> int:
             # Every part knows its own scans alone; the last run over all of them finds the duplicates.
             while not part and (revived := _among(candidates, resolve_duplicates(cases))):
                 num_done += _work(options, preparers, cases, revived, part=part)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             _save_what_is_there(cases, part=part)
-            # A write to a file that is open already does not say which one it was.
-            raise OSError(error.errno, error.strerror, error.filename or str(options.out)) from error
-        except KeyboardInterrupt:
-            _save_what_is_there(cases, part=part)
+            if isinstance(error, OSError) and not error.filename:
+                # A write to a file that is open already does not say which one it was.
+                error.filename = str(options.out)
             raise
         rows = [known.scan for candidate in candidates if (known := cases.of(candidate.scan)) is not None]
         if part:
@@ -140,7 +139,8 @@ def _preparers(options: PrepareOptions) -> list[ScanPreparer]:
     )
     num_gpus = _num_gpus(options)
     jobs = options.num_jobs(num_gpus)
-    threads = max(1, (os.cpu_count() or 1) // max(1, jobs))
+    # This very process is left as it is: its threads are not only ours.
+    threads = max(1, (os.cpu_count() or 1) // jobs) if jobs else 0
     return [
         ScanPreparer(
             options.out, settings, device=f"cuda:{number % num_gpus}" if num_gpus else "cpu", num_threads=threads

@@ -6,6 +6,7 @@ at fixed places between the top, the front and the back of the head. It knows no
 where heads differ, and never the way a network errs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,18 +14,8 @@ import numpy as np
 from scipy import ndimage
 
 from braindino.preprocessing.skull_strip import largest_component, voxel_ml
+from braindino.scan_quality import LIMITS
 from braindino.volume import Volume
-
-# A newborn's brain has 350 ml, the largest adult ones 2.1 l; a head has 3 to 6.
-BRAIN_ML_RANGE = (300.0, 2300.0)
-MIN_LARGEST_COMPONENT = 0.9
-MAX_BORDER = 0.05
-# Measured on HD-BET's masks of six scans (T1, T1c, T2, FLAIR; 0.9 to 5.5 mm slices) and on wrong masks made of them,
-# see docs/decisions.md.
-MIN_AGREEMENT = 0.75
-MIN_COVERED = 0.85
-MAX_HOLES = 0.02
-MIN_INSIDE = 0.97
 
 GRID_MM = 4.0
 # Air is dark in every sequence used here; a tenth of the bright end tells it from skin.
@@ -76,41 +67,28 @@ class MaskFindings:
 
     def faults(self) -> list[str]:
         """What speaks against the mask, each as ``what: found, expected``; empty when it may pass."""
-        low, high = BRAIN_ML_RANGE
+        low, high = LIMITS["brain_ml"]
+        brain = f"a brain of {low:.0f} to {high:.0f} ml"
         if not self.components:
-            return [f"empty: no voxel, expected a brain of {low:.0f} to {high:.0f} ml"]
-        judgements = [
-            (
-                low <= self.brain_ml <= high,
-                f"volume: {self.brain_ml:.0f} ml, expected a brain of {low:.0f} to {high:.0f} ml",
-            ),
-            (
-                self.largest_component >= MIN_LARGEST_COMPONENT,
-                f"pieces: {self.largest_component:.0%} of it in the largest of {self.components} parts, expected at "
-                f"least {MIN_LARGEST_COMPONENT:.0%}",
-            ),
-            (
-                self.border <= MAX_BORDER,
-                f"border: {self.border:.1%} of it on the faces of the field of view, expected at most {MAX_BORDER:.0%}",
-            ),
-            (
-                self.agreement >= MIN_AGREEMENT,
-                f"agreement: Dice {self.agreement:.2f} with the second opinion, expected at least {MIN_AGREEMENT}",
-            ),
-            (
-                self.covered >= MIN_COVERED,
-                f"missing brain: {self.covered:.0%} of where a brain must be, expected at least {MIN_COVERED:.0%}",
-            ),
-            (
-                self.holes <= MAX_HOLES,
-                f"holes: {self.holes:.1%} of it, expected at most {MAX_HOLES:.0%}",
-            ),
-            (
-                self.inside >= MIN_INSIDE,
-                f"leak: {self.inside:.0%} of it where a brain can be, expected at least {MIN_INSIDE:.0%}",
-            ),
-        ]
-        return [fault for passed, fault in judgements if not passed]
+            return [f"empty: no voxel, expected {brain}"]
+        found = {
+            "brain_ml": f"volume: {self.brain_ml:.0f} ml",
+            "largest_component": f"pieces: {self.largest_component:.0%} of it in the largest of {self.components} "
+            "parts",
+            "border": f"border: {self.border:.1%} of it on the faces of the field of view",
+            "agreement": f"agreement: Dice {self.agreement:.2f} with the second opinion",
+            "covered": f"missing brain: {self.covered:.0%} of where a brain must be",
+            "holes": f"holes: {self.holes:.1%} of it",
+            "inside": f"leak: {self.inside:.0%} of it where a brain can be",
+        }
+        faults = []
+        for name, words in found.items():
+            low, high = LIMITS[name]
+            if not low <= getattr(self, name) <= high:
+                form = "g" if name == "agreement" else ".0%"
+                one_sided = f"at least {low:{form}}" if low > -math.inf else f"at most {high:{form}}"
+                faults.append(f"{words}, expected {brain if name == 'brain_ml' else one_sided}")
+        return faults
 
 
 def examine_mask(mask: np.ndarray, volume: Volume) -> MaskFindings:

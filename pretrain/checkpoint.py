@@ -4,16 +4,15 @@ A folder holds state.pt (weights of student and teacher, optimiser) and checkpoi
 state.pt). It is written under another name and renamed, so that a folder of the right name is complete.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from braindino.atomic import replace_file, write_json
+from braindino.atomic import replace_file, sync, write_json
+from braindino.file_digest import file_digest
 
 FORMAT_VERSION = 1
 KEPT = 2
@@ -46,14 +45,14 @@ def save_checkpoint(run_dir: Path, *, iteration: int, config: dict[str, Any], st
             "format": "braindino pretraining checkpoint",
             "version": FORMAT_VERSION,
             "iteration": iteration,
-            "state_sha256": _sha256(partial / "state.pt"),
+            "state_sha256": file_digest(partial / "state.pt"),
             "config": config,
         },
     )
     if folder.exists():  # a corrupt one that was skipped on resuming
         shutil.rmtree(folder)
     partial.rename(folder)
-    _sync_folder(folder.parent)
+    sync(folder.parent)
     for old in checkpoint_folders(run_dir)[KEPT:]:
         shutil.rmtree(old)
     return folder
@@ -94,24 +93,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"{description}: damaged ({error})") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{description}: format version {version}; this program reads version {FORMAT_VERSION}")
-    found = _sha256(folder / "state.pt")
+    found = file_digest(folder / "state.pt")
     if found != sha256:
         raise ValueError(f"{folder / 'state.pt'}: damaged (SHA-256 {found[:12]}..., expected {sha256[:12]}...)")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     return Checkpoint(folder, meta["iteration"], meta["config"], sha256, state)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,5 @@
 """``braindino stats STORE --out DIR``: what a slice store is made of, as the paper's Fig. 1a: a table and a figure."""
 
-import csv
-import io
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, Scan
 from braindino.report.figures import INK, NEUTRAL, SERIES, SOFT, STYLE, svg
 from braindino.slice_store import SliceStore
 from braindino.store_verify import store_folder
+from braindino.tables import write_table
 
 TOTAL = "total"
 COLUMNS = ("cohort", "sequence", "subjects", "scans", "slices")
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         store = SliceStore(store_folder(options.store))
         rows = count_corpus(store.scans, store.slices_per_scan.tolist())
-        write_text(options.out / "corpus.tsv", _table(rows))
+        write_table(options.out / "corpus.tsv", COLUMNS, rows)
         figure = corpus_figure(rows)
         write_text(options.out / "corpus.svg", svg(figure, salt="corpus"))
         with replace_file(options.out / "corpus.png") as temporary, mpl.rc_context(STYLE):
@@ -174,14 +173,6 @@ def _finish(axes: Axes, names: Sequence[str], title: str, *, lines: int, margin:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _table(rows: Sequence[CorpusRow]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, delimiter="\t", lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(rows)
-    return buffer.getvalue()
 
 
 def _aligned(rows: Sequence[CorpusRow]) -> str:

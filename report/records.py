@@ -1,6 +1,5 @@
-"""Reading the small tables and records of a project folder: TSV, JSON, YAML. Errors name the file."""
+"""Reading the small records of a project folder: JSON, YAML. Errors name the file."""
 
-import csv
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -8,24 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-
-def read_tsv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names and rows of a table with tabs.
-
-    Raises:
-        ValueError: the file is empty, or a row has more or fewer cells than the header.
-    """
-    with path.open(newline="", encoding="utf-8") as handle:
-        reader = csv.DictReader(handle, delimiter="\t", restkey="\0", restval="\0")
-        rows = list(reader)
-    columns = list(reader.fieldnames or ())
-    if not columns:
-        raise ValueError(f"{path}: empty; expected a header line")
-    for number, row in enumerate(rows, start=2):
-        if "\0" in row or "\0" in row.values():
-            raise ValueError(f"{path}, line {number}: expected {len(columns)} cells, as in the header")
-    return columns, rows
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

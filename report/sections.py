@@ -18,8 +18,9 @@ from braindino.metrics_log import read_metrics
 from braindino.provenance import versions
 from braindino.report import figures
 from braindino.report.markup import Html, details, drawing, element, figure, join, picture, table, tiles
-from braindino.report.records import numbers, read_json, read_tsv, read_yaml
+from braindino.report.records import numbers, read_json, read_yaml
 from braindino.segmentation_scores import format_mean, read_scores
+from braindino.tables import Table, read_table
 from braindino.task_summary import read_task_summary
 
 MAX_MONTAGES = 6
@@ -74,7 +75,8 @@ def cohort_section(root: Path) -> Content:
     path = root / "cohort" / "participants.tsv"
     if not path.is_file():
         return Content(None, "No cohort/participants.tsv here, so ages, sites and labels are not shown.")
-    columns, rows = read_tsv(path)
+    participants = read_table(path)
+    rows = participants.rows
     scans = [_bids_sequence(file.name) for file in sorted(path.parent.glob("sub-*/**/anat/*.nii*"))]
     visits = [folder for folder in path.parent.glob("sub-*/ses-*") if folder.is_dir()]
     ages = numbers(row.get("age") for row in rows)
@@ -94,7 +96,7 @@ def cohort_section(root: Path) -> Content:
     if ages or in_order or sites:
         drawn = figures.cohort_figure(ages, in_order, dict(sorted(sites.items())))
         parts.append(_drawn(drawn, f"Age of {len(ages)} subjects, scans per sequence, subjects per site."))
-    parts.append(details(f"All {len(rows)} subjects", _rows_table(columns, rows)))
+    parts.append(details(f"All {len(rows)} subjects", _rows_table(participants)))
     return make_content(root, parts, [path])
 
 
@@ -242,7 +244,7 @@ def segmentation_section(root: Path) -> Content:
             parts += [element("h3", f"Overlays: {name}"), _gallery(found, class_="wide")]
         tables = sorted(path.parent.glob("scores.tsv"))
         for table_path in tables:
-            parts.append(details(f"Every case: {name}", _rows_table(*read_tsv(table_path))))
+            parts.append(details(f"Every case: {name}", _rows_table(read_table(table_path))))
     return make_content(root, parts, [*paths, *overlays], linked=paths)
 
 
@@ -396,8 +398,9 @@ def _drawn(drawing_: Any, caption: str) -> Html:
     return figure(drawing(figures.svg(drawing_, salt=caption), alt=caption), caption)
 
 
-def _rows_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Html:
-    return table(columns, [[row[name] for name in columns] for row in rows], tall=len(rows) > TALL_FROM_ROWS)
+def _rows_table(content: Table) -> Html:
+    rows = [[row[name] for name in content.columns] for row in content.rows]
+    return table(content.columns, rows, tall=len(rows) > TALL_FROM_ROWS)
 
 
 def _gallery(paths: Sequence[Path], *, class_: str = "") -> Html:

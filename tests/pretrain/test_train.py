@@ -51,8 +51,25 @@ def rows_of(run: Path) -> list[dict]:
 def straight(store: Path, tmp_path_factory) -> Path:
     """An uninterrupted run of the recipe: 12 iterations."""
     run = tmp_path_factory.mktemp("pretrain") / "straight"
-    assert main(arguments(store, run)) == 0
+    finish(start(arguments(store, run)))
     return run
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    """A run in a process of its own: float sums, and so its numbers, depend on how many threads share them."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "braindino.pretrain.train", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What it printed."""
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return output
 
 
 def test_a_run_leaves_its_files_and_finite_falling_losses(straight: Path) -> None:
@@ -87,33 +104,23 @@ def test_killed_and_resumed_with_other_workers_equals_running_straight(
     straight: Path, store: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "braindino.pretrain.train", *arguments(store, run, "--num-workers", "1")],
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    process = start(arguments(store, run, "--num-workers", "1"))
     wait_for(lambda: len(checkpoint_folders(run)) >= 1, process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     checkpoint = load_newest_checkpoint(run)
     assert checkpoint is not None and checkpoint.iteration < 12
-    assert main(arguments(store, run, "--num-workers", "2")) == 0
+    finish(start(arguments(store, run, "--num-workers", "2")))
     assert rows_of(run) == rows_of(straight)
     assert load_encoder(run / "encoder").sha256 == load_encoder(straight / "encoder").sha256
 
 
 def test_sigterm_finishes_the_step_saves_and_exits_cleanly(straight: Path, store: Path, tmp_path: Path) -> None:
     run = tmp_path / "stopped"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "braindino.pretrain.train", *arguments(store, run, "--checkpoint-every", "1000")],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    process = start(arguments(store, run, "--checkpoint-every", "1000"))
     wait_for(lambda: len(read_metrics(run / "metrics.jsonl")) >= 2, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    output = finish(process)
     checkpoint = load_newest_checkpoint(run)
     assert checkpoint is not None and checkpoint.iteration < 12
     assert f"stopped by SIGTERM after iteration {checkpoint.iteration}; the same command resumes" in output

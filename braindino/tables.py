@@ -1,0 +1,70 @@
+"""Tab-separated tables with a header line: the form of every table that the program writes for others to read."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from braindino.atomic import write_text
+
+
+class Table(NamedTuple):
+    """A table as it stands in its file.
+
+    Attributes:
+        columns: the header.
+        rows: column -> text, row by row.
+        lines: number of the line on which each row ends, for messages.
+    """
+
+    columns: list[str]
+    rows: list[dict[str, str]]
+    lines: list[int]
+
+
+def read_table(path: str | Path, columns: Sequence[str] = ()) -> Table:
+    """A table in UTF-8.
+
+    Args:
+        path: the file.
+        columns: that it must have; it may have others.
+
+    Raises:
+        ValueError: the file is empty, a column is missing, or a row has more or fewer cells than the header; names the
+            file and the line.
+    """
+    with Path(path).open(newline="", encoding="utf-8") as handle:
+        reader = csv.DictReader(handle, delimiter="\t", restkey="\0", restval="\0")
+        found = list(reader.fieldnames or ())
+        if not found:
+            raise ValueError(f"{path}: empty; expected a header line")
+        missing = [name for name in columns if name not in found]
+        if missing:
+            raise ValueError(f"{path}: columns {missing} are missing; found {found}, expected {list(columns)}")
+        rows, lines = [], []
+        for row in reader:
+            if "\0" in row or "\0" in row.values():
+                raise ValueError(f"{path}, line {reader.line_num}: expected {len(found)} cells, as in the header")
+            rows.append(row)
+            lines.append(reader.line_num)
+    return Table(found, rows, lines)
+
+
+def write_table(
+    path: str | Path, columns: Sequence[str], rows: Iterable[Iterable[object]], *, comments: Iterable[str] = ()
+) -> None:
+    """Write a table atomically.
+
+    Args:
+        path: the file.
+        columns: the header.
+        rows: cells in the order of the columns. Those with tabs or line breaks get quoted, which few readers expect.
+        comments: lines to put before the header.
+    """
+    buffer = io.StringIO()
+    buffer.writelines(f"{line}\n" for line in comments)
+    writer = csv.writer(buffer, delimiter="\t", lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
