@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from braindino.report.markup import THEME
 from braindino.report.similarity import edge
@@ -69,6 +69,24 @@ class Estimate(NamedTuple):
     series: int | None
 
 
+class GateMeasure(NamedTuple):
+    """One of the numbers that the quality gate judges brain masks by.
+
+    Attributes:
+        title: what it is.
+        unit: of its values; empty for shares.
+        passed, stopped: its values on masks that passed and on those that did not.
+        low, high: limits; infinite where there is none.
+    """
+
+    title: str
+    unit: str
+    passed: Sequence[float]
+    stopped: Sequence[float]
+    low: float
+    high: float
+
+
 def cohort_figure(ages: Sequence[float], sequences: Mapping[str, int], sites: Mapping[str, int]) -> Figure:
     """Ages of the subjects, scans per sequence, subjects per site; parts without data are left out."""
     panels = [name for name, part in (("ages", ages), ("sequences", sequences), ("sites", sites)) if part]
@@ -85,6 +103,63 @@ def cohort_figure(ages: Sequence[float], sequences: Mapping[str, int], sites: Ma
             _bars(axes["sequences"], sequences, title="Sequence", xlabel="scans", colour=SERIES[0])
         if sites:
             _bars(axes["sites"], sites, title="Site", xlabel="subjects", colour=SERIES[0])
+    return figure
+
+
+def scans_figure(spacings: np.ndarray, intensities: Mapping[str, Sequence[float]]) -> Figure:
+    """Voxel sizes along each axis, and how bright the scans of each sequence came.
+
+    Args:
+        spacings: (n, 3) mm along right, anterior, superior.
+        intensities: sequence -> median raw intensity of each of its scans, in whatever unit the scanner used.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.2, 2.5), layout="constrained")
+        sizes, brightness = figure.subplots(1, 2)
+        edges = np.linspace(0, max(1.0, 1.02 * float(spacings.max())), 41)
+        for axis, name in enumerate(("right", "anterior", "superior")):
+            sizes.hist(spacings[:, axis], bins=edges, histtype="step", linewidth=1.8, color=SERIES[axis], label=name)
+        sizes.set(title="Voxel size", xlabel="mm", ylabel="scans")
+        shown = {name: np.maximum(values, 1e-3) for name, values in intensities.items() if len(values)}
+        everything = np.concatenate(list(shown.values()))
+        edges = np.geomspace(everything.min() / 1.2, everything.max() * 1.2, 41)
+        for place, (name, values) in enumerate(shown.items()):
+            colour = SERIES[place] if place < len(SERIES) else NEUTRAL
+            brightness.hist(values, bins=edges, histtype="step", linewidth=1.8, color=colour, label=name)
+        brightness.set(title="Median raw intensity", xlabel="arbitrary units of the scanner", ylabel="scans")
+        brightness.set_xscale("log")
+        brightness.xaxis.set_major_formatter(EngFormatter(sep=""))
+        for axes in (sizes, brightness):
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.grid(axis="y")
+            axes.legend(fontsize=8)
+    return figure
+
+
+def gate_figure(measures: Sequence[GateMeasure]) -> Figure:
+    """What the quality gate measured on the masks that passed and on those it stopped, and where its limits are."""
+    columns = min(4, len(measures))
+    lines = math.ceil(len(measures) / columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.55 * columns, 1.9 * lines + 0.3), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        for panel, measure in zip(axes, measures, strict=False):
+            values = np.concatenate([measure.passed, measure.stopped])
+            inner = [limit for limit in (measure.low, measure.high) if math.isfinite(limit)]
+            start, end = min([*values, *inner]), max([*values, *inner])
+            margin = max(1e-3, 0.05 * (end - start))
+            edges = np.linspace(start - margin, end + margin, 31).tolist()
+            parts = [measure.passed, measure.stopped]
+            panel.hist(parts, bins=edges, stacked=True, color=[SERIES[0], SERIES[1]], label=["passed", "stopped"])
+            for limit in inner:
+                panel.axvline(limit, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            panel.set(title=measure.title, xlabel=measure.unit)
+            panel.locator_params(axis="x", nbins=4)
+            panel.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        for panel in axes[len(measures) :]:
+            panel.set_visible(False)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower left", ncols=2, fontsize=8)
     return figure
 
 

@@ -4,26 +4,44 @@ Every table and picture comes from files below the folder. No path read from a t
 behind the similarity maps, through ``braindino.manifest.load_brain``.
 """
 
+import io
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import numpy as np
+from PIL import Image
+
 from braindino.leakage import NO_OVERLAP
-from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, read_scans
+from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, Scan, read_scans
 from braindino.metrics_log import read_metrics
 from braindino.provenance import versions
 from braindino.report import figures
 from braindino.report.markup import Html, details, drawing, element, figure, join, picture, table, tiles
 from braindino.report.records import numbers, read_json, read_yaml
+from braindino.scan_quality import LIMITS, ScanQuality, read_quality
 from braindino.segmentation_scores import format_mean, read_scores
 from braindino.tables import Table, read_table
 from braindino.task_summary import read_task_summary
 
-MAX_MONTAGES = 6
+# The paper's cohorts are 33.
+MAX_MONTAGES = 40
+MAX_THUMBNAILS = 24
+THUMBNAIL_WIDTH, MONTAGE_WIDTH = 480, 1100
+GATE_TITLES = {
+    "brain_ml": ("Volume", "ml"),
+    "largest_component": ("In one piece", "share"),
+    "border": ("On the border", "share"),
+    "agreement": ("Second opinion", "Dice"),
+    "covered": ("Brain covered", "share"),
+    "holes": ("Holes", "share"),
+    "inside": ("Where a brain can be", "share"),
+}
 MAX_OVERLAYS = 8
 TALL_FROM_ROWS = 14
 CURVES = {
@@ -126,12 +144,19 @@ def preparation_section(root: Path) -> Content:
 
     bad = [scan for scan in scans if scan.status == "quarantined"]
     parts.append(element("h3", "Quarantined"))
+    pictures: list[Path] = []
     if bad:
+        codes = Counter(scan.reason.partition(":")[0] for scan in bad)
+        parts.append(table(["reason code", "scans"], [[code, str(count)] for code, count in codes.most_common()]))
+        shown = _evenly_by_code(bad, [scan for scan in bad if _quarantine_picture(path.parent, scan).is_file()])
+        pictures = [_quarantine_picture(path.parent, scan) for scan in shown]
+        parts.append(_quarantine_gallery(shown, pictures))
         lines = [
-            [Path(scan.path).name, scan.cohort, scan.subject, scan.session, scan.sequence, scan.reason] for scan in bad
+            [Path(scan.source or scan.path).name, scan.cohort, scan.subject, scan.session, scan.sequence, scan.reason]
+            for scan in bad
         ]
         header = ["file", "cohort", "subject", "session", "sequence", "reason"]
-        parts.append(table(header, lines, tall=len(lines) > TALL_FROM_ROWS))
+        parts.append(details(f"All {len(bad)} quarantined", table(header, lines, tall=len(lines) > TALL_FROM_ROWS)))
     else:
         parts.append(element("p", "No scan was quarantined.", class_="lead"))
     skipped = Counter(scan.reason for scan in scans if scan.status == "skipped")
@@ -139,12 +164,85 @@ def preparation_section(root: Path) -> Content:
         lines = [[reason, str(count)] for reason, count in sorted(skipped.items())]
         parts.append(details(f"{of_status['skipped']} files skipped", table(["reason", "files"], lines)))
 
+    quality = path.parent / "quality.tsv"
+    if quality.is_file():
+        parts += _measured(scans, read_quality(quality))
+
     montages = sorted(path.parent.glob("montages/*.png"))
+    first_pages = list({page.stem.rpartition("_")[0]: page for page in reversed(montages)}.values())[::-1]
+    first_pages = first_pages[:MAX_MONTAGES]
     if montages:
-        parts += [element("h3", "Montages"), _gallery(montages[:MAX_MONTAGES], class_="wide")]
-        if len(montages) > MAX_MONTAGES:
-            parts.append(element("p", f"{len(montages) - MAX_MONTAGES} more in prepared/montages.", class_="lead"))
-    return make_content(root, parts, [path, *montages[:MAX_MONTAGES]], linked=[path])
+        shrunk = [figure(picture(_thumbnail(page, MONTAGE_WIDTH), alt=page.stem), page.name) for page in first_pages]
+        parts += [element("h3", "Montages"), element("div", *shrunk, class_="gallery wide")]
+        if len(montages) > len(first_pages):
+            more = f"{len(montages) - len(first_pages)} more pages in prepared/montages."
+            parts.append(element("p", f"The first page of each cohort; {more}", class_="lead"))
+    files = [path, *([quality] if quality.is_file() else []), *pictures, *first_pages]
+    return make_content(root, parts, files, linked=[path])
+
+
+def _measured(scans: Sequence[Scan], rows: Sequence[ScanQuality]) -> list[object]:
+    """Voxel sizes, intensities, and what the quality gate saw."""
+    of_scan = {scan.scan_id: scan for scan in scans}
+    known = [row for row in rows if row.scan_id in of_scan]
+    if not known:
+        return []
+    intensities = {
+        name: [row.median for row in known if of_scan[row.scan_id].sequence == name]
+        for name in (*SEQUENCES, UNKNOWN_SEQUENCE)
+    }
+    spacings = np.array([[float(size) for size in row.spacing.split("x")] for row in known])
+    caption = f"Voxel sizes and intensities of the {len(known)} scans that could be read, quarantined ones included."
+    parts: list[object] = [
+        element("h3", "What was measured"),
+        _drawn(figures.scans_figure(spacings, intensities), caption),
+    ]
+    gated = [row for row in known if row.brain_ml is not None]
+    if gated:
+        stopped = {row.scan_id for row in gated if of_scan[row.scan_id].reason.startswith("suspicious_mask")}
+        measures = []
+        for name, (low, high) in LIMITS.items():
+            values: tuple[list[float], list[float]] = ([], [])
+            for row in gated:
+                values[row.scan_id in stopped].append(float(getattr(row, name)))
+            measures.append(figures.GateMeasure(*GATE_TITLES[name], *values, low, high))
+        caption = (
+            f"The quality gate on {len(gated)} brain masks made here: {len(gated) - len(stopped)} passed, "
+            f"{len(stopped)} stopped. Dashed: its limits."
+        )
+        parts.append(_drawn(figures.gate_figure(measures), caption))
+    return parts
+
+
+def _quarantine_picture(prepared: Path, scan: Scan) -> Path:
+    return prepared / "quarantine" / f"{scan.scan_id}.png"
+
+
+def _evenly_by_code(bad: Sequence[Scan], with_picture: Sequence[Scan]) -> list[Scan]:
+    """Up to :data:`MAX_THUMBNAILS` scans to show, in turn from each reason code."""
+    groups: dict[str, list[Scan]] = {scan.reason.partition(":")[0]: [] for scan in bad}
+    for scan in with_picture:
+        groups[scan.reason.partition(":")[0]].append(scan)
+    turns = zip_longest(*groups.values())
+    return [scan for turn in turns for scan in turn if scan is not None][:MAX_THUMBNAILS]
+
+
+def _quarantine_gallery(scans: Sequence[Scan], pictures: Sequence[Path]) -> Html:
+    shown = []
+    for scan, path in zip(scans, pictures, strict=True):
+        label = " ".join(filter(None, [scan.cohort, scan.subject, scan.session, scan.sequence]))
+        shown.append(figure(picture(_thumbnail(path, THUMBNAIL_WIDTH), alt=label), f"{label}: {scan.reason}"))
+    return element("div", *shown, class_="gallery")
+
+
+def _thumbnail(path: Path, width: int) -> bytes:
+    """The PNG, no wider than that and in 128 colours: a page holds many of them."""
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((width, small.height))
+    small.quantize(128).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def pretraining_section(root: Path) -> Content:

@@ -1,16 +1,22 @@
 """The page of a small project folder: what it says, that it says nothing else, and that it stands alone."""
 
+import base64
+import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imsave
+from PIL import Image
 
 from braindino.manifest import Scan, write_scans
 from braindino.report.page import main
+from braindino.report.sections import GATE_TITLES
+from braindino.scan_quality import ScanQuality, write_quality
 from braindino.segmentation_scores import RegionSummary, SegmentationScores, write_scores
 from braindino.vision_transformer import vit_tiny
 from braindino.volume import save_array
@@ -96,11 +102,48 @@ def test_the_page_shows_the_numbers_of_the_files(page):
 
 def test_counts_stand_beside_their_words(page):
     tiles = re.findall(r"(scans prepared|quarantined|skipped|slices in the store) ([\d,]+)", page.text)
-    assert dict(tiles) == {"scans prepared": "2", "quarantined": "1", "skipped": "0", "slices in the store": "256"}
+    assert dict(tiles) == {"scans prepared": "2", "quarantined": "2", "skipped": "0", "slices in the store": "256"}
 
 
 def test_a_quarantined_scan_is_listed_with_its_reason(page):
     assert "four_dimensional: a series & not a volume" in page.text
+
+
+def test_pictures_of_quarantined_scans_stand_beside_their_reasons(project):
+    text = (project / "report" / "index.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<figure><img src="(data:[^"]*)" alt="([^"]*)"><figcaption>([^<]*)', text)
+    of_scan = {alt: (source, caption) for source, alt, caption in shown}
+    source, caption = of_scan["c sub-4 T1"]
+    assert caption == "c sub-4 T1: suspicious_mask: border: 20.0% of it on the faces, expected at most 5%"
+    with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
+        assert image.convert("RGB").getpixel((3, 3)) == (255, 64, 64)
+
+
+def test_measured_scans_have_their_distributions_and_the_gate_its_limits(page):
+    assert "Voxel sizes and intensities of the 2 scans that could be read" in page.text
+    assert "The quality gate on 2 brain masks made here: 1 passed, 1 stopped. Dashed: its limits." in page.text
+    for words in ("Voxel size", "Median raw intensity", *(title for title, _ in GATE_TITLES.values())):
+        assert words in page.text
+
+
+def test_a_page_without_measurements_says_nothing_of_them(project, tmp_path):
+    shutil.copytree(project / "prepared", tmp_path / "prepared")
+    (tmp_path / "prepared" / "quality.tsv").unlink()
+    assert main([str(tmp_path)]) == 0
+    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "What was measured" not in text and "c sub-4 T1: suspicious_mask" in text
+
+
+def test_every_cohort_shows_the_first_page_of_its_montages(tmp_path):
+    scans = [Scan("/x_T1.nii.gz", name, "s", sequence="T1", num_slices=1) for name in ("a", "b")]
+    (tmp_path / "prepared" / "montages").mkdir(parents=True)
+    write_scans(tmp_path / "prepared" / "scans.tsv", scans)
+    for name in ("a_001", "a_002", "a_003", "b_001"):
+        imsave(tmp_path / "prepared" / "montages" / f"{name}.png", np.zeros((4, 4, 3)))
+    assert main([str(tmp_path)]) == 0
+    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r"<figcaption>(\w+)\.png", text) == ["a_001", "b_001"]
+    assert "The first page of each cohort; 2 more pages in prepared/montages." in text
 
 
 def test_the_page_says_that_the_data_are_simulated(page):
@@ -224,8 +267,31 @@ def write_prepared(root: Path) -> None:
         Scan(
             "/nowhere/y.nii.gz", "c", "sub-3", status="quarantined", reason="four_dimensional: a series & not a volume"
         ),
+        Scan(
+            "/nowhere/z.nii.gz",
+            "c",
+            "sub-4",
+            sequence="T1",
+            status="quarantined",
+            reason="suspicious_mask: border: 20.0% of it on the faces, expected at most 5%",
+        ),
     ]
     write_scans(root / "prepared" / "scans.tsv", scans)
+    measured = {"shape": "48x48x48", "obliqueness": 0.0, "p01": 100.0, "p99": 800.0, "foreground": 0.5}
+    seen = {"stripped_by": "hd-bet", "components": 1, "largest_component": 1.0, "agreement": 0.9, "covered": 0.95}
+    seen |= {"inside": 1.0, "holes": 0.0}
+    rows = [
+        ScanQuality(
+            scan_id=scans[0].scan_id, spacing="3x3x3", median=4e2, brain_ml=1400, border=0, **measured, **seen
+        ),
+        ScanQuality(
+            scan_id=scans[3].scan_id, spacing="1x1x5", median=90, brain_ml=1200, border=0.2, **seen, **measured
+        ),
+    ]
+    write_quality(root / "prepared" / "quality.tsv", rows)
+    picture = root / "prepared" / "quarantine" / f"{scans[3].scan_id}.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (900, 300), (255, 64, 64)).save(picture)
 
 
 def write_run(run: Path) -> None:
