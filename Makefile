@@ -10,13 +10,16 @@ DEMO ?= demo
 REAL ?= real-data
 DATA ?= ../shared/data
 
-.PHONY: demo test test-slow lint types real-data clean
+.PHONY: demo test test-faults test-slow lint types real-data clean
 
 demo: $(VENV)/.installed
 	$(BIN)/braindino demo --out $(DEMO)
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
+
+test-faults: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m fault
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or gpu"

@@ -59,6 +59,7 @@ def test_the_bytes_do_not_depend_on_the_order_of_work(tmp_path: Path) -> None:
     assert forward.fingerprint == backward.fingerprint
 
 
+@pytest.mark.fault
 def test_a_flipped_byte_is_named_and_never_used(tmp_path: Path) -> None:
     store = filled(tmp_path / "store")
     path = tmp_path / "store" / "slices" / scan(1).scan_id[:2] / scan(1).scan_id
@@ -72,6 +73,7 @@ def test_a_flipped_byte_is_named_and_never_used(tmp_path: Path) -> None:
     store[4], store[6]
 
 
+@pytest.mark.fault
 def test_a_truncated_scan_file_stops_publishing_and_is_named(tmp_path: Path) -> None:
     filled(tmp_path / "store")
     path = tmp_path / "store" / "slices" / scan(2).scan_id[:2] / scan(2).scan_id
@@ -148,6 +150,7 @@ def test_slices_of_the_wrong_shape_or_range_are_refused(tmp_path: Path) -> None:
     assert not writer.has(scan(0).scan_id)
 
 
+@pytest.mark.fault
 def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -221,6 +224,7 @@ class Killed(BaseException):
     """Not an Exception, as a signal is none."""
 
 
+@pytest.mark.fault
 def test_a_publish_killed_at_any_step_leaves_the_old_index_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ def test_a_sound_store_is_said_to_be_sound(tmp_path: Path, capsys: pytest.Captur
     assert (result["num_scans"], result["num_slices"]) == (5, 10)
 
 
+@pytest.mark.fault
 def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path) -> None:
     store = filled(tmp_path / "store", SCANS[:2])
     files = sorted(path for path in (tmp_path / "store").rglob("*") if path.is_file())
@@ -169,6 +170,7 @@ def test_where_links_are_impossible_scans_are_copied(tmp_path: Path, monkeypatch
     assert not SliceStoreWriter(tmp_path / "one").scan_file(SCANS[0].scan_id).samefile(source)
 
 
+@pytest.mark.fault
 def test_a_killed_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path / "all", SCANS)
     filled(tmp_path / "a", SCANS[:2])

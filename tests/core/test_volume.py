@@ -44,6 +44,7 @@ def write_as(codes: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
+@pytest.mark.fault
 def test_every_storage_orientation_loads_to_the_same_brain(codes: str, tmp_path: Path) -> None:
     write_as(codes, tmp_path / "scan.nii.gz")
     volume = load_volume(tmp_path / "scan.nii.gz")
@@ -65,6 +66,7 @@ def test_a_mask_goes_back_onto_the_grid_it_came_from(codes: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
+@pytest.mark.fault
 def test_left_and_right_stay_where_they_are_in_every_orientation_of_an_oblique_scan(codes: str, tmp_path: Path) -> None:
     tilted = AFFINE.copy()
     tilted[:3, :3] = nib.eulerangles.euler2mat(0.15, 0.1, -0.2) @ AFFINE[:3, :3]
@@ -112,6 +114,7 @@ def test_integer_scans_are_scaled_as_their_header_says(tmp_path: Path) -> None:
     np.testing.assert_allclose(load_volume(tmp_path / "scaled.nii").data, stored)
 
 
+@pytest.mark.fault
 def test_a_singleton_fourth_axis_is_squeezed_and_recorded(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(ASYMMETRIC[..., None], AFFINE), tmp_path / "single.nii.gz")
     volume = load_volume(tmp_path / "single.nii.gz")
@@ -132,6 +135,7 @@ def write(path: Path, data: np.ndarray = ASYMMETRIC, affine: np.ndarray = AFFINE
     return path
 
 
+@pytest.mark.fault
 def test_a_file_that_ends_early_is_truncated(tmp_path: Path) -> None:
     whole = write(tmp_path / "good.nii.gz").read_bytes()
     raw = gzip.decompress(whole)
@@ -149,6 +153,7 @@ def test_a_file_that_ends_early_is_truncated(tmp_path: Path) -> None:
     assert refusal(tmp_path / "empty.nii.gz", "empty") == "truncated"
 
 
+@pytest.mark.fault
 def test_flipped_bits_in_a_gzip_stream_are_damage(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 4000, (20, 20, 20), dtype=np.int16)
     whole = write(tmp_path / "good.nii.gz", noise).read_bytes()
@@ -159,6 +164,7 @@ def test_flipped_bits_in_a_gzip_stream_are_damage(tmp_path: Path) -> None:
         assert refusal(tmp_path / "flipped.nii.gz", "damaged.*copy it again") == "damaged"
 
 
+@pytest.mark.fault
 def test_a_flipped_bit_anywhere_in_a_header_is_a_volume_error_or_a_volume(tmp_path: Path) -> None:
     save_array(ASYMMETRIC, AFFINE, tmp_path / "good.nii", dtype=np.float32)
     raw = (tmp_path / "good.nii").read_bytes()
@@ -221,6 +227,7 @@ def test_a_wrong_extension_is_read_by_content_and_noted(tmp_path: Path) -> None:
     assert load_volume(tmp_path / "a.nii").notes == load_volume(tmp_path / "b.nii.gz").notes == ()
 
 
+@pytest.mark.fault
 def test_files_that_are_not_one_real_volume_are_refused(tmp_path: Path) -> None:
     assert refusal(write(tmp_path / "series.nii.gz", np.stack([ASYMMETRIC] * 3, -1)), "a series") == "four_dimensional"
     assert refusal(write(tmp_path / "flat.nii.gz", ASYMMETRIC[:, :, 5])) == "two_dimensional"
@@ -234,6 +241,7 @@ def test_files_that_are_not_one_real_volume_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.fault
 def test_a_few_non_finite_voxels_become_background_and_many_are_refused(bad: float, tmp_path: Path) -> None:
     data = 1 + np.arange(20**3, dtype=np.float32).reshape(20, 20, 20)
     data.flat[:8] = bad  # a thousandth
@@ -294,6 +302,7 @@ def test_obliqueness_is_the_largest_angle_to_the_nearest_axis(degrees, about) ->
     assert obliqueness(affine @ np.diag([-2, 3, -1, 1])) == pytest.approx(obliqueness(affine))
 
 
+@pytest.mark.fault
 def test_oblique_scans_are_noted_and_refused_where_axes_lose_their_names(tmp_path: Path) -> None:
     assert load_volume(write(tmp_path / "straight.nii", affine=turned(4.0))).notes == ()
     assert load_volume(write(tmp_path / "tilted.nii", affine=turned(12.3))).notes == ("oblique=12.3deg",)
@@ -311,6 +320,7 @@ def two_forms(path: Path, qform: np.ndarray, sform: np.ndarray, *, codes: tuple[
     return path
 
 
+@pytest.mark.fault
 def test_a_qform_that_names_other_axes_than_the_sform_is_a_conflict(tmp_path: Path) -> None:
     mirrored = AFFINE @ np.diag([-1, 1, 1, 1])
     swapped = AFFINE[:, [0, 2, 1, 3]]
@@ -326,6 +336,7 @@ def test_a_qform_that_names_other_axes_than_the_sform_is_a_conflict(tmp_path: Pa
         assert volume.notes == ()
 
 
+@pytest.mark.fault
 def test_a_small_difference_of_qform_and_sform_is_noted_and_the_sform_counts(tmp_path: Path) -> None:
     moved = turned(2.0)
     moved[:3, 3] += (3.0, 0, 4.0)

@@ -124,6 +124,7 @@ def test_the_top_level_names_are_these_functions():
     assert braindino.save_encoder is save_encoder
 
 
+@pytest.mark.fault
 def test_a_native_file_with_a_key_too_few_or_too_many_names_it(encoder, tmp_path):
     file = save_encoder(encoder, tmp_path)
     with safetensors.safe_open(file, framework="pt") as opened:
@@ -168,6 +169,7 @@ def test_a_native_file_with_a_strange_header_is_refused(encoder, tmp_path, chang
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.0001, 0.5, 0.999])
+@pytest.mark.fault
 def test_a_half_written_safetensors_file_is_refused(encoder, tmp_path, kept):
     file = save_encoder(encoder, tmp_path)
     content = file.read_bytes()
@@ -440,6 +442,7 @@ def test_the_hash_is_the_same_in_every_layout_and_changes_with_a_weight(encoder,
         ({"blocks.0.mlp.fc1.weight": None, "blocks.0.mlp.w1.weight": torch.zeros(1)}, "key 'backbone.blocks.0.mlp.fc1"),
     ],
 )  # fmt: skip
+@pytest.mark.fault
 def test_a_missing_unknown_or_misshapen_key_is_named_with_its_file(encoder, tmp_path, change, message):
     state = encoder.state_dict() | change
     file = tmp_path / "teacher.pth"

@@ -157,6 +157,7 @@ def test_grids_that_differ_within_a_visit_are_refused(cohort: Path, capsys: pyte
     assert "bring all images of a visit to one grid first" in message
 
 
+@pytest.mark.fault
 def test_a_missing_sequence_is_named(cohort: Path, capsys: pytest.CaptureFixture[str]):
     (cohort / "sub-01" / "ses-1" / "anat" / "sub-01_ses-1_ce-gadolinium_T1w.nii.gz").unlink()
     assert convert_bids(cohort) == 1

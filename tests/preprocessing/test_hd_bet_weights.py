@@ -103,6 +103,7 @@ def test_weights_are_fetched_checked_and_noted_and_not_fetched_again(server, tmp
 
 
 @pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.fault
 def test_an_interrupted_download_goes_on_where_it_stopped(server, tmp_path, capsys, ranges):
     server.cut_after, server.ranges = 40_000, ranges
     assert main(server.arguments(tmp_path)) == 1
@@ -141,6 +142,7 @@ def test_a_sha256_by_hand_stands_in_for_the_record(server, tmp_path, capsys):
     assert all(path != "/record" for path, _ in server.asked)
 
 
+@pytest.mark.fault
 def test_a_record_that_says_nothing_stops_before_the_download(server, tmp_path, capsys):
     arguments = server.arguments(tmp_path)
     arguments[3] = f"{server.base}/files/other.zip"
@@ -213,6 +215,7 @@ def test_weights_that_have_changed_since_are_refused(server, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.fault
 def test_missing_weights_name_url_place_and_alternative_and_fetch_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(hd_bet_weights, "urlopen", lambda *_, **__: pytest.fail("network"))
     folder = model_folder(tmp_path)

@@ -88,6 +88,7 @@ def test_prepared_scans_are_the_standard_slices_in_the_store(cohort, undisturbed
     assert (undisturbed / "montages/cohort_001.png").exists()
 
 
+@pytest.mark.fault
 def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(cohort, undisturbed, tmp_path):
     out = tmp_path / "prepared"
     command = [sys.executable, str(SCRIPT), str(cohort), "--out", str(out), "--jobs", "1"]
@@ -139,6 +140,7 @@ def test_a_second_run_does_nothing_and_a_changed_file_or_setting_does_only_what_
     assert positions != [SliceStore(out / "store").position_of(index) for index in range(128)]
 
 
+@pytest.mark.fault
 def test_bad_inputs_end_as_rows_with_their_own_codes_beside_the_good_ones(phantom, make_phantom, tmp_path, capsys):
     source, out = tmp_path / "raw", tmp_path / "prepared"
     good = phantom.save(source / "good_t1.nii.gz")
@@ -263,6 +265,7 @@ def test_a_wrong_brain_mask_is_quarantined_and_nothing_of_it_stays(phantom, tmp_
     assert len(SliceStore(out / "store")) == 0
 
 
+@pytest.mark.fault
 def test_faults_of_the_machine_are_quarantined_told_and_tried_again(
     make_phantom, tmp_path, fake_tool, monkeypatch, capsys
 ):
@@ -325,6 +328,7 @@ def test_slices_without_a_row_are_not_published(cohort, undisturbed, tmp_path, p
     assert [scan.subject for scan in SliceStore(out / "store").scans] == ["P9"]
 
 
+@pytest.mark.fault
 def test_a_folder_at_work_refuses_a_second_run_and_the_lock_of_a_dead_one_is_taken(cohort, tmp_path, capsys):
     out = tmp_path / "prepared"
     out.mkdir()
@@ -368,6 +372,7 @@ def test_wrong_arguments_are_one_clear_message(cohort, tmp_path, capsys):
         assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
+@pytest.mark.fault
 def test_a_full_disk_stops_the_run_and_keeps_what_is_finished(cohort, tmp_path, monkeypatch, capsys):
     out = tmp_path / "prepared"
     command = [str(cohort), "--out", str(out), "--jobs", "0"]
@@ -454,6 +459,7 @@ def test_a_mask_stopped_by_the_gate_passes_once_a_person_accepts_it_without_bein
     assert not picture_path(out, row).exists()
 
 
+@pytest.mark.fault
 def test_the_same_voxels_under_another_name_are_one_scan_whatever_came_first(make_phantom, tmp_path):
     source, out = tmp_path / "c", tmp_path / "prepared"
     phantom = make_phantom()
@@ -542,6 +548,7 @@ def test_the_estimate_of_a_dry_run_is_within_a_fifth_of_what_happens(make_phanto
     assert gigabytes == pytest.approx(stored / 1e9, rel=0.2)
 
 
+@pytest.mark.fault
 def test_a_source_folder_that_vanishes_stops_the_run_instead_of_quarantining_everything(
     cohort, tmp_path, monkeypatch, capsys
 ):
@@ -580,6 +587,7 @@ def small_disk(undisturbed, tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
+@pytest.mark.fault
 def test_a_really_full_disk_stops_the_run_keeps_what_is_finished_and_goes_on_with_more_room(
     cohort, undisturbed, small_disk, tmp_path, capsys
 ):

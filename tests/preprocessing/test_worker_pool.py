@@ -9,6 +9,7 @@ KILLED = "__import__('os').kill(__import__('os').getpid(), 9)"
 LEFT = "__import__('os')._exit(7)"
 
 
+@pytest.mark.fault
 def test_a_worker_that_dies_loses_its_task_only():
     tasks = ["1 + 1", KILLED, "2 + 2", LEFT, "3 + 3"]
     results = dict(run_tasks([eval, eval], tasks))

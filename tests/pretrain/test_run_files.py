@@ -27,6 +27,7 @@ def test_the_two_newest_checkpoints_are_kept_and_the_newest_is_read(tmp_path: Pa
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no description", "no state"])
+@pytest.mark.fault
 def test_a_damaged_checkpoint_is_passed_over_with_a_notice(tmp_path: Path, capsys, damage: str) -> None:
     save(tmp_path, 5)
     folder = save(tmp_path, 10)
@@ -50,6 +51,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_notice(tmp_path: Path, capsy
     assert again is not None and again.iteration == 10
 
 
+@pytest.mark.fault
 def test_a_checkpoint_that_was_being_written_is_not_seen(tmp_path: Path) -> None:
     folder = save(tmp_path, 5)
     folder.rename(folder.with_name(f".{folder.name}"))

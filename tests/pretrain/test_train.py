@@ -100,6 +100,7 @@ def test_the_encoder_file_is_the_teacher_of_the_newest_checkpoint(straight: Path
     assert "teacher after 12 iterations" in json.dumps(description)
 
 
+@pytest.mark.fault
 def test_killed_and_resumed_with_other_workers_equals_running_straight(
     straight: Path, store: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_killed_and_resumed_with_other_workers_equals_running_straight(
     assert load_encoder(run / "encoder").sha256 == load_encoder(straight / "encoder").sha256
 
 
+@pytest.mark.fault
 def test_sigterm_finishes_the_step_saves_and_exits_cleanly(straight: Path, store: Path, tmp_path: Path) -> None:
     run = tmp_path / "stopped"
     process = start(arguments(store, run, "--checkpoint-every", "1000"))
