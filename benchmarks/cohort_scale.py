@@ -4,7 +4,7 @@ python benchmarks/cohort_scale.py FOLDER [SCAN.nii.gz]
 
 The volumes are simulated, 16 voxels wide, in BIDS. In the first table one slice of noise stands for the image
 processing; all else is real: discovery, hashes, case files, slice files synced to the disk, tables, index, duplicates,
-montages. With a SCAN, the second table prepares 12 variants of it with 1, 2... processes, image processing included.
+montages. With a SCAN, the second table prepares 32 variants of it with 1, 2... processes, image processing included.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from braindino.preprocessing.prepare import main as prepare
 from braindino.volume import load_volume, save_array
 
 SIZES = (10, 100, 1000, 10_000)
-NUM_SCANS = 12
+NUM_SCANS = 32
 
 
 def write_cohort(folder: Path, number: int) -> None:

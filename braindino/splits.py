@@ -4,7 +4,7 @@ Owner of the subject list: a text file with one subject key (``cohort/subject``)
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ def split_subjects(
     seed: int,
     strata: Mapping[str, str] | None = None,
     person_of: Mapping[str, str] | None = None,
+    train_only: Collection[str] = (),
 ) -> tuple[list[str], list[str]]:
     """Train and test subjects, each sorted; disjoint by construction.
 
@@ -30,9 +31,12 @@ def split_subjects(
         strata: subject -> group; every group is divided in the same proportion, as far as whole subjects allow.
         person_of: subject -> person, where some subjects are one person under two ids (a follow-up); all ids of a
             person land on one side, and persons are what is counted.
+        train_only: subjects that must not be tested on; nor are other ids of theirs. They count in the shares: the
+            test side is as large as without them, and so is every group's part of it while there are others in it.
 
     Raises:
-        ValueError: fewer than two subjects, a fraction outside (0, 1), or a subject without a stratum.
+        ValueError: fewer than two subjects, a fraction outside (0, 1), a subject without a stratum, or fewer subjects
+            that may be tested on than the fraction asks for.
     """
     by_person: dict[str, list[str]] = defaultdict(list)
     for subject in sorted(set(subjects)):
@@ -50,17 +54,28 @@ def split_subjects(
             raise ValueError(f"subject {subject!r} has no stratum; give one for every subject, or none at all")
         groups[strata[subject] if strata is not None else ""].append(subject)
 
+    barred = set(train_only)
+    free = {subject for subject in unique if barred.isdisjoint(ids_of[subject])}
+    num_test = max(round(test_fraction * len(unique)), 1)
+    if len(free) == len(unique):
+        num_test = min(num_test, len(unique) - 1)
+    if len(free) < num_test:
+        raise ValueError(
+            f"{len(free)} of {len(unique)} subjects may be tested on, and a test fraction of {test_fraction} asks for "
+            f"{num_test}; take a smaller fraction, or let more of them be tested on"
+        )
+
     rng = np.random.default_rng(seed)
     shuffled = [[group[i] for i in rng.permutation(len(group))] for _, group in sorted(groups.items())]
     # Interleave the groups by their relative position; any prefix then holds every group in proportion.
     order = sorted(
         ((position + 0.5) / len(group), number, subject)
         for number, group in enumerate(shuffled)
-        for position, subject in enumerate(group)
+        for position, subject in enumerate(subject for subject in group if subject in free)
     )
-    num_test = min(max(round(test_fraction * len(unique)), 1), len(unique) - 1)
-    test = sorted(each for _, _, subject in order[:num_test] for each in ids_of[subject])
-    train = sorted(each for _, _, subject in order[num_test:] for each in ids_of[subject])
+    tested = {subject for _, _, subject in order[:num_test]}
+    test = sorted(each for subject in tested for each in ids_of[subject])
+    train = sorted(each for subject in unique if subject not in tested for each in ids_of[subject])
     return train, test
 
 

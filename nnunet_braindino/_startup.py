@@ -2,13 +2,14 @@
 
 ``braindino_nnunet.pth`` (and ``braindino_nnunet.start`` from Python 3.15 on) call :func:`register` at every start, so
 only the standard library is used and nothing else happens. ``BRAINDINO_NO_NNUNET_HOOK=1`` switches it off; the same
-can then be had with ``eval "$(braindino nnunet env)"``.
+can then be had with ``eval "$(braindino nnunet env)"``. The names of our environment variables are kept here, too.
 """
 
 import os
 
 TRAINER_VARIABLE = "nnUNet_extTrainer"
 OPT_OUT_VARIABLE = "BRAINDINO_NO_NNUNET_HOOK"
+ENCODER_VARIABLE = "BRAINDINO_ENCODER"
 # String arithmetic rather than pathlib: this runs at every start of every Python in the environment.
 TRAINER_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), "nnunet_trainers")  # noqa: PTH100, PTH118, PTH120
 
@@ -18,6 +19,11 @@ def register() -> None:
     if os.environ.get(OPT_OUT_VARIABLE, "") not in ("", "0"):
         return
     os.environ[TRAINER_VARIABLE] = extended(os.environ.get(TRAINER_VARIABLE, ""))
+
+
+def encoder_name() -> str:
+    """The encoder that BRAINDINO_ENCODER names, empty where it is not set; the one place where the variable is read."""
+    return os.environ.get(ENCODER_VARIABLE, "")
 
 
 def extended(folders: str) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from braindino.leakage import exposure_of_encoder, read_exposure
 from braindino.manifest import SEQUENCES
 from braindino.segmentation_scores import write_scores
 from nnunet_braindino import _startup, convert, evaluate
@@ -37,7 +38,9 @@ class _Convert:
     name: str
     """The rest of its name, letters and digits."""
     pretrained_on: Path | None = None
-    """Encoder, run or store: test subjects that it has seen are refused, and the scores say what was found."""
+    """Encoder, run or store: test subjects that it has seen are refused, and the scores say what was found. By default
+    the encoder that BRAINDINO_ENCODER names, where that is set; of one that does not say what it has seen, the scores
+    say 'unknown'."""
     crosswalk: tuple[Path, ...] = ()
     """Tables that join ids of different cohorts, as for `braindino audit`."""
     allow_overlap: bool = False
@@ -189,24 +192,32 @@ def _convert_pairs(command: ConvertPairs) -> int:
 def _overlap_stamp(
     command: _Convert, cases: list[convert.Case], channels: Sequence[str], test_subjects: list[str]
 ) -> str | None:
-    """What of the test subjects was pretrained on; None where nobody asked."""
-    if command.pretrained_on is None:
+    """What of the test subjects was pretrained on; None where no encoder is known."""
+    model = _pretrained_on(command)
+    if not model:
         return None
     return convert.check_against_pretraining(
         cases,
         channels=channels,
         test_subjects=test_subjects,
-        pretrained_on=command.pretrained_on,
+        exposure=read_exposure(model) if command.pretrained_on is not None else exposure_of_encoder(model),
+        model=model,
         crosswalk=command.crosswalk,
         allow_overlap=command.allow_overlap,
     )
 
 
+def _pretrained_on(command: _Convert) -> str:
+    """The model that test subjects are compared with; empty where none is known."""
+    return _startup.encoder_name() if command.pretrained_on is None else str(command.pretrained_on)
+
+
 def _report_conversion(written: convert.Conversion, command: _Convert, stamp: str | None) -> int:
     print(f"{written.folder}: {written.num_training} cases to train on, {written.num_test} to test on")
-    if stamp is not None and command.pretrained_on is not None:
-        convert.write_overlap(written.folder, pretrained_on=command.pretrained_on, stamp=stamp)
-        print(f"pretraining overlap with {command.pretrained_on}: {stamp}")
+    if stamp is not None:
+        model = _pretrained_on(command)
+        convert.write_overlap(written.folder, model=model, stamp=stamp)
+        print(f"pretraining overlap with {model}: {stamp}")
     print(f"next: nnUNetv2_plan_and_preprocess -d {command.dataset_id} -c 2d")
     return 0
 
@@ -247,13 +258,13 @@ def _find_trainer() -> type | None:
 
 
 def _describe_encoder() -> str:
-    from nnunet_braindino.trainer import ENCODER_VARIABLE, encoder_from_environment, encoder_identity
+    from nnunet_braindino.trainer import encoder_from_environment, encoder_identity
 
     try:
         identity = encoder_identity(encoder_from_environment())
     except (ValueError, OSError) as error:
         return f"encoder: none ({error})"
-    return f"encoder: {identity['name']}, sha256 {identity['sha256']}, from {ENCODER_VARIABLE}"
+    return f"encoder: {identity['name']}, sha256 {identity['sha256']}, from {_startup.ENCODER_VARIABLE}"
 
 
 def _version(package: str) -> str:

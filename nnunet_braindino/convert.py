@@ -19,7 +19,7 @@ import numpy as np
 
 from braindino.atomic import write_json
 from braindino.audit import add_fingerprints
-from braindino.leakage import UNKNOWN, Crosswalk, check_test_scans, read_exposure
+from braindino.leakage import UNKNOWN, Crosswalk, Exposure, check_test_scans
 from braindino.manifest import SEQUENCES, Scan
 from braindino.progress import track
 from braindino.splits import read_subjects
@@ -294,7 +294,8 @@ def check_against_pretraining(
     *,
     channels: Sequence[str],
     test_subjects: Collection[str],
-    pretrained_on: Path,
+    exposure: Exposure | None,
+    model: str,
     crosswalk: Iterable[Path] = (),
     allow_overlap: bool,
 ) -> str:
@@ -307,28 +308,28 @@ def check_against_pretraining(
         cases: of the dataset.
         channels: sequence of each image of a case.
         test_subjects: ``cohort/subject`` keys.
-        pretrained_on: encoder, run, store or prepared folder.
+        exposure: what the model was pretrained on; None where nobody wrote it down.
+        model: what the exposure belongs to, for messages.
         crosswalk: tables that join ids.
         allow_overlap: stamp an overlap instead of refusing it.
 
     Raises:
         ValueError: something was pretrained on, and it was not allowed; names it.
     """
-    exposure = read_exposure(pretrained_on)
     tested = [case for case in cases if not test_subjects or case.subject in set(test_subjects)]
     scans = []
     for case in track(tested, desc="compare with pretraining"):
         cohort, _, subject = case.subject.partition("/")
         for path, channel in zip(case.images, channels, strict=True):
-            scans.append(add_fingerprints(Scan(str(path), cohort, subject, sequence=channel)))
-    return check_test_scans(
-        exposure, scans, model=str(pretrained_on), allow_overlap=allow_overlap, crosswalk=Crosswalk(crosswalk)
-    )
+            scan = Scan(str(path), cohort, subject, sequence=channel)
+            # Nothing to compare with needs no fingerprints, which take reading every image.
+            scans.append(add_fingerprints(scan) if exposure is not None and exposure.scans else scan)
+    return check_test_scans(exposure, scans, model=model, allow_overlap=allow_overlap, crosswalk=Crosswalk(crosswalk))
 
 
-def write_overlap(dataset_dir: Path, *, pretrained_on: Path, stamp: str) -> None:
+def write_overlap(dataset_dir: Path, *, model: str, stamp: str) -> None:
     """Write the stamp beside the dataset, where scoring finds it."""
-    write_json(dataset_dir / OVERLAP_FILE, {"pretrained_on": str(pretrained_on), "pretraining_overlap": stamp})
+    write_json(dataset_dir / OVERLAP_FILE, {"pretrained_on": model, "pretraining_overlap": stamp})
 
 
 def read_overlap(dataset_dir: Path) -> str:
@@ -339,7 +340,7 @@ def read_overlap(dataset_dir: Path) -> str:
     """
     path = dataset_dir / OVERLAP_FILE
     if not path.exists():
-        return f"{UNKNOWN}: the dataset was converted without --pretrained-on"
+        return f"{UNKNOWN}: the dataset was converted without --pretrained-on, and BRAINDINO_ENCODER was not set"
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["pretraining_overlap"])
     except (ValueError, KeyError, TypeError) as error:

@@ -6,7 +6,6 @@ augmentation.
 """
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from torch import nn
 
 from braindino import load_encoder
 from braindino.vision_transformer import VisionTransformer
+from nnunet_braindino._startup import ENCODER_VARIABLE, encoder_name
 from nnunet_braindino.network import FrozenEncoderSegmenter, count_parameters
 
-ENCODER_VARIABLE = "BRAINDINO_ENCODER"
 PLANS_KEY = "braindino"
 
 PATCH_SIZE = (256, 256)
@@ -174,12 +173,12 @@ class nnUNetTrainerBrainDINOFrozen_demo(nnUNetTrainerBrainDINOFrozen_10epochs): 
 
 
 def encoder_from_environment() -> VisionTransformer:
-    """The encoder that BRAINDINO_ENCODER names; the one place where the variable is read.
+    """The encoder that BRAINDINO_ENCODER names.
 
     Raises:
         ValueError: the variable is not set.
     """
-    name = os.environ.get(ENCODER_VARIABLE, "")
+    name = encoder_name()
     if not name:
         raise ValueError(
             f"{ENCODER_VARIABLE} is not set, so there is no encoder to train with. Set it to a folder or file of "

@@ -83,7 +83,7 @@ class Series:
         num_images: images, i.e. files or the frames of multi-frame ones.
         expected_images: how many images the cohort's ``metadata.csv`` counts; 0 where there is none.
         tags: DICOM keyword -> text of the header that was read, several values joined with a backslash.
-        problem: why it cannot be used, ``code: words``; empty otherwise.
+        problem: why it cannot be used, ``code: words``, so that it is quarantined; empty otherwise.
     """
 
     folder: str
@@ -146,19 +146,22 @@ def read_candidates(folders: Sequence[SourceFolder], *, cohort: CohortRow, out_d
     sessions = _sessions([series for series, _ in found])
     candidates = []
     for (series, root), verdict, session in zip(found, verdicts, sessions, strict=True):
-        reason = reason_to_leave(series.path, root, cohort=cohort) or series.problem or verdict.skip
-        reason = reason or repeated.get(series.path, "")
+        reason = reason_to_leave(series.path, root, cohort=cohort)
+        if not series.problem:
+            reason = reason or verdict.skip or repeated.get(series.path, "")
         match = next(filter(None, (pattern.search(series.folder) for pattern in cohort.patterns)), None)
         by_path = {name: text for name, text in (match.groupdict() if match else {}).items() if text}
         facts = {"subject": series.patient, "session": session, "description": series.description, **by_path}
         sequence = verdict.sequence or UNKNOWN_SEQUENCE
-        candidate = describe(series.path, facts, cohort=cohort, sequence=sequence, reason=reason)
+        candidate = describe(
+            series.path, facts, cohort=cohort, sequence=sequence, reason=reason, problem=series.problem
+        )
         conversion = Conversion(
             kind="dicom",
             files=() if series.whole_folder else series.files,
             parameters=(("num_images", series.expected_images), ("series_uid", series.uid)),
         )
-        candidates.append(convert_to(out_dir, candidate, conversion, series.uid))
+        candidates.append(convert_to(out_dir, candidate, conversion, series.uid or series.path))
     return candidates
 
 

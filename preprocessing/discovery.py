@@ -43,7 +43,8 @@ class Candidate:
     """One input of a cohort.
 
     Attributes:
-        scan: status ``done`` stands for "to prepare"; ``skipped``, with ``code: words``, for what is left.
+        scan: status ``done`` stands for "to prepare"; ``skipped``, with ``code: words``, for what is left;
+            ``quarantined``, with ``code: words``, for what is known already not to be usable.
         conversion: how ``scan.path`` is made from ``scan.source``; None where the file is read as it is.
         description: what the series is called by those who made it; empty where a file has but its name.
     """
@@ -145,7 +146,9 @@ def walk_sources(sources: Iterable[str], *, exclude_dir: Path) -> list[SourceFol
     return [SourceFolder(path, root, tuple(sorted(names))) for path, (root, names) in sorted(found.items())]
 
 
-def describe(path: str, found: Mapping[str, str | None], *, cohort: CohortRow, sequence: str, reason: str) -> Candidate:
+def describe(
+    path: str, found: Mapping[str, str | None], *, cohort: CohortRow, sequence: str, reason: str, problem: str = ""
+) -> Candidate:
     """The candidate of one file, from what its reader found.
 
     Args:
@@ -154,19 +157,22 @@ def describe(path: str, found: Mapping[str, str | None], *, cohort: CohortRow, s
         cohort: the row.
         sequence: what it is.
         reason: why it is left; empty for what is taken.
+        problem: why it cannot be used, ``code: words``: it is quarantined if it is not left. Whom it shows may then be
+            unknown.
     """
-    subject = session = ""
+    subject = session = unknown = ""
     if found.get("subject"):
         try:
             subject = cohort.subject.read(found["subject"] or "")
             session = cohort.session.read(found.get("session") or "")
         except ValueError as error:
-            reason = reason or f"{UNRECOGNISED}: {'session' if subject else 'subject'}: {error}"
-    elif not reason:
-        reason = f"{UNRECOGNISED}: the path fits no pattern of the row"
-    status = "skipped" if reason else "done"
+            unknown = f"{UNRECOGNISED}: {'session' if subject else 'subject'}: {error}"
+    else:
+        unknown = f"{UNRECOGNISED}: the path fits no pattern of the row"
+    reason = reason or ("" if problem else unknown)
+    status = "skipped" if reason else "quarantined" if problem else "done"
     return Candidate(
-        scan=Scan(path, cohort.name, subject, session, sequence, status=status, reason=reason),
+        scan=Scan(path, cohort.name, subject, session, sequence, status=status, reason=reason or problem),
         description=found.get("description") or "",
     )
 
@@ -291,7 +297,7 @@ def _knowledge(candidate: Candidate) -> int:
 
 def _only_wanted(candidate: Candidate, cohort: CohortRow) -> Candidate:
     found = candidate.scan.sequence
-    if candidate.scan.status == "skipped" or found in cohort.sequences:
+    if candidate.scan.status != "done" or found in cohort.sequences:
         return candidate
     return leave(candidate, f"other_sequence: {found}; cohort {cohort.name} is taken for {', '.join(cohort.sequences)}")
 
@@ -303,7 +309,7 @@ def _leave_repeats(candidates: Iterable[Candidate], repeats: Repeats) -> list[Ca
     groups: dict[tuple[str, ...], list[Candidate]] = defaultdict(list)
     for candidate in candidates:
         scan = candidate.scan
-        if scan.status == "skipped":
+        if scan.status != "done":
             result.append(candidate)
         else:
             groups[(scan.subject, scan.sequence, "" if repeats.per == "subject" else scan.session)].append(candidate)

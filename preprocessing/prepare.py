@@ -91,23 +91,27 @@ def prepare(options: PrepareOptions) -> int:
 def dry_run(options: PrepareOptions) -> int:
     """Print what would be prepared and what left, and why, and what it will cost; nothing is written to the folder."""
     candidates, preparers = _find(options), _preparers(options)
-    scans = [candidate.scan for candidate in candidates if candidate.scan.status != "skipped"]
-    skipped = [candidate.scan for candidate in candidates if candidate.scan.status == "skipped"]
+    scans, skipped, unusable = (
+        [candidate.scan for candidate in candidates if candidate.scan.status == status]
+        for status in ("done", "skipped", "quarantined")
+    )
     cases = CaseFolder(options.out)
     todo = [
         candidate
         for candidate in candidates
-        if candidate.scan.status != "skipped"
+        if candidate.scan.status == "done"
         and not cases.is_current(
             candidate, preparers[0].settings.keys(candidate), recheck=options.recheck, remember=False
         )
     ]
-    print(f"{len(candidates)} files: {len(scans)} scans, {len(skipped)} left")
+    told = f", {len(unusable)} that cannot be used" if unusable else ""
+    print(f"{len(candidates)} files: {len(scans)} scans, {len(skipped)} left{told}")
     for (cohort, sequence), count in sorted(Counter((scan.cohort, scan.sequence) for scan in scans).items()):
         subjects = {scan.subject for scan in scans if (scan.cohort, scan.sequence) == (cohort, sequence)}
         print(f"  take  {cohort} {sequence}: {count} scans of {len(subjects)} subjects")
     for reason, count in sorted(Counter(scan.reason for scan in skipped).items()):
         print(f"  leave {reason}: {count}")
+    _print_by_code(unusable)
     print(f"{len(scans) - len(todo)} are done already, {len(todo)} to do")
     if todo and options.probe:
         cost = estimate(todo, preparers[0], num_probes=options.probe)
@@ -227,6 +231,8 @@ def _remove_leftovers(out_dir: Path) -> None:
 
 def _make_room(cases: CaseFolder, candidates: Sequence[Candidate]) -> None:
     """Bring the cases in line with what the inputs are called now, and note those that are left."""
+    for case in _part_of_other_inputs(cases, candidates):
+        cases.forget(case)
     scans = [candidate.scan for candidate in candidates if candidate.scan.status != "skipped"]
     for scan in scans:
         old = cases.of(scan)
@@ -252,6 +258,29 @@ def _make_room(cases: CaseFolder, candidates: Sequence[Candidate]) -> None:
                     cases.forget(old)
                 write_case(cases.out_dir, case)
                 cases.record(case)
+
+
+def _part_of_other_inputs(cases: CaseFolder, candidates: Sequence[Candidate]) -> list[Case]:
+    """Cases of DICOM files that belong to a series of today which goes by its folder or by another file: some file of
+    that folder was mended, added or removed since.
+    """
+    inputs = {candidate.origin for candidate in candidates}
+    folders: set[str] = set()
+    members: set[str] = set()
+    for candidate in candidates:
+        if candidate.conversion is not None and candidate.conversion.kind == "dicom":
+            if candidate.conversion.files:
+                folder = candidate.origin.rpartition("/")[0]
+                members.update(f"{folder}/{name}" for name in candidate.conversion.files)
+            else:
+                folders.add(candidate.origin)
+    return [
+        case
+        for case in cases
+        if (path := input_path(case.scan)) not in inputs
+        and case.scan.source
+        and (path in members or (path.rpartition("/")[0] in folders and Path(path).exists()))
+    ]
 
 
 def _not_current(
@@ -298,6 +327,13 @@ def _print_summary(rows: Sequence[Scan], *, num_new: int, out_dir: Path, pages: 
         f"({sum(row.num_slices for row in done)} slices, {seconds:.1f} s per scan), "
         f"{len(rows) - len(done)} not; {num_new} worked on in this run"
     )
+    _print_by_code(rows)
+    if pages:
+        print(f"look at {pages[0].parent}: {len(pages)} montage{'s' if len(pages) > 1 else ''}")
+
+
+def _print_by_code(rows: Sequence[Scan]) -> None:
+    """How many were quarantined and left for which reason; of the quarantined, examples."""
     for status in ("quarantined", "skipped"):
         by_code: dict[str, list[Scan]] = {}
         for row in rows:
@@ -309,9 +345,7 @@ def _print_summary(rows: Sequence[Scan], *, num_new: int, out_dir: Path, pages: 
                 for row in members[:EXAMPLES_PER_REASON]:
                     print(f"    {input_path(row)}: {row.reason.partition(':')[2].strip()}")
                 if len(members) > EXAMPLES_PER_REASON:
-                    print(f"    and {len(members) - EXAMPLES_PER_REASON} more in scans.tsv")
-    if pages:
-        print(f"look at {pages[0].parent}: {len(pages)} montage{'s' if len(pages) > 1 else ''}")
+                    print(f"    and {len(members) - EXAMPLES_PER_REASON} more")
 
 
 if __name__ == "__main__":

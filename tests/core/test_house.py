@@ -1,6 +1,7 @@
 """The two laws of the house and its borders, read from the code's own imports."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,3 +101,18 @@ def test_no_weights_are_loaded_that_could_run_code_and_no_error_is_swallowed() -
                 silent = all(isinstance(statement, ast.Pass) for statement in node.body)
                 broad = node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
                 assert not (silent and broad), f"{path}:{node.lineno}: an error swallowed"
+
+
+def test_everything_that_the_benchmarks_import_is_a_dependency_or_in_their_extra() -> None:
+    lists = {
+        keyword.arg: ast.literal_eval(keyword.value)
+        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setup"
+        for keyword in node.keywords
+        if keyword.arg in ("install_requires", "extras_require")
+    }
+    extra = {re.split("[<>=]", text)[0] for text in lists["extras_require"]["benchmarks"]}
+    required = {re.split("[<>=]", text)[0] for text in lists["install_requires"]}
+    modules = {module for path in (ROOT / "benchmarks").glob("*.py") for module in imported_modules(path)}
+    imported = {module.split(".")[0] for module in modules} - {"braindino", "benchmarks"} - sys.stdlib_module_names
+    assert imported - required == extra, "each by the name under which it is imported; nothing that nobody imports"

@@ -87,3 +87,28 @@ def test_all_ids_of_a_person_land_on_one_side_and_nobody_else_moves() -> None:
         SUBJECTS, test_fraction=0.3, seed=1
     )
     assert shared_persons(["s000", "s001"], ["s099", "s002"], person_of) == ["s099"]
+
+
+def test_subjects_that_only_train_are_never_tested_on_and_count_in_the_shares() -> None:
+    strata = {subject: "a" if number < 20 else "b" for number, subject in enumerate(SUBJECTS)}
+    barred = SUBJECTS[:10]
+    for seed in range(5):
+        train, test = split_subjects(SUBJECTS, test_fraction=0.3, seed=seed, strata=strata, train_only=barred)
+        assert sorted(train + test) == sorted(SUBJECTS) and not set(test) & set(barred)
+        assert len(test) == round(0.3 * len(SUBJECTS))
+        # Half of group a is barred, and still as large a part of it is tested on as of group b.
+        assert sum(strata[subject] == "a" for subject in test) == 6
+    assert split_subjects(SUBJECTS, test_fraction=0.2, seed=3, train_only=["another"]) == split_subjects(
+        SUBJECTS, test_fraction=0.2, seed=3
+    )
+    train, test = split_subjects(["a", "b", "c"], test_fraction=0.5, seed=0, train_only=["a"])
+    assert (train, test) == (["a"], ["b", "c"])
+    with pytest.raises(ValueError, match=r"1 of 3 subjects may be tested on, and a test fraction of 0.5 asks for 2"):
+        split_subjects(["a", "b", "c"], test_fraction=0.5, seed=0, train_only=["a", "c"])
+
+
+def test_no_id_of_a_person_of_whom_one_only_trains_is_tested_on() -> None:
+    person_of = {subject: subject if number > 1 else "one" for number, subject in enumerate(SUBJECTS)}
+    for seed in range(5):
+        _, test = split_subjects(SUBJECTS, test_fraction=0.5, seed=seed, person_of=person_of, train_only=[SUBJECTS[1]])
+        assert not set(test) & set(SUBJECTS[:2])

@@ -45,6 +45,7 @@ def write_visit(bids: Path, subject: str, session: str, *, labelled: bool = True
 @pytest.fixture
 def cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+    monkeypatch.delenv("BRAINDINO_ENCODER", raising=False)
     bids = tmp_path / "cohort"
     for subject in ("01", "02", "03", "04"):
         write_visit(bids, subject, "1")
@@ -244,3 +245,49 @@ def test_test_subjects_that_were_pretrained_on_are_refused_or_stamped_on_the_sco
     (dataset / "pretraining_overlap.json").unlink()
     assert cli.main(["score", str(dataset / "labelsTs"), str(dataset / "labelsTs"), "--out", str(tmp_path / "s")]) == 0
     assert "pretraining overlap: unknown: the dataset was converted without --pretrained-on" in capsys.readouterr().out
+
+
+def test_the_encoder_that_would_be_trained_with_is_compared_with_unless_another_is_named(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "test.txt").write_text("cohort/02\n")
+    write_exposure(tmp_path / "seen" / "encoder" / "pretrained_on.tsv", Exposure((Scan("", "cohort", "sub-02"),)))
+    write_exposure(tmp_path / "other" / "pretrained_on.tsv", Exposure((Scan("", "elsewhere", "x"),)))
+    dataset = tmp_path / "raw" / "Dataset007_Tumor"
+    options = ("--test-subjects", str(tmp_path / "test.txt"))
+
+    monkeypatch.setenv("BRAINDINO_ENCODER", str(tmp_path / "seen" / "encoder"))
+    assert convert_bids(cohort, *options) == 1
+    error = capsys.readouterr().err
+    assert f"1 of 1 test subjects were seen when {tmp_path}/seen/encoder was pretrained" in error
+    assert "cohort/02 (same_subject: cohort/sub-02)" in error and "--allow-overlap" in error
+    assert not dataset.exists()
+    assert convert_bids(cohort, *options, "--allow-overlap") == 0
+    assert convert.read_overlap(dataset) == "1 of 1 test subjects: same_subject 1"
+    assert json.loads((dataset / "pretraining_overlap.json").read_text())["pretrained_on"].endswith("seen/encoder")
+
+    assert convert_bids(cohort, *options, "--pretrained-on", str(tmp_path / "other")) == 0
+    assert convert.read_overlap(dataset) == "none", "what is named counts"
+
+
+@pytest.mark.parametrize(
+    ("name", "stamp"),
+    [
+        ("facebook/dinov3-vitb16", "unknown: facebook/dinov3-vitb16 has no pretrained_on.tsv"),
+        ("untrained:vit_tiny", "none"),
+    ],
+)
+def test_an_encoder_that_does_not_say_what_it_has_seen_is_no_error(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stamp: str
+):
+    monkeypatch.setenv("BRAINDINO_ENCODER", name)
+    monkeypatch.setattr(convert, "add_fingerprints", None)  # no image is read for a comparison with nothing
+    assert convert_bids(cohort) == 0
+    assert convert.read_overlap(tmp_path / "raw" / "Dataset007_Tumor") == stamp
+
+
+def test_the_help_says_which_encoder_is_compared_with(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["convert-bids", "--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "By default the encoder that BRAINDINO_ENCODER names" in words

@@ -41,6 +41,42 @@ def test_the_table_has_the_papers_20_pretraining_datasets_and_13_downstream_coho
     ]  # fmt: skip
 
 
+# Task of the paper -> the rows it is tested on.
+DOWNSTREAM = {
+    "4.3.1": ["brats2021", "brats2023-men", "brats2023-mets", "brats2024-goat"],  # tumour regions
+    "4.3.2": ["abide", "adni", "oasis-1", "ppmi"],  # autism, Alzheimer's disease, dementia, Parkinson's disease
+    "4.3.3": ["atlas", "brain-age"],  # days after stroke, age
+    "4.3.4": ["upenn-gbm"],  # survival
+    "4.3.5": ["ucsf-pdgm"],  # IDH
+    "4.3.6": ["brats-sequence"],  # which sequence a volume is
+}
+# What the paper counts as one -> its parts.
+MEMBERS = {
+    "piop": ("piop1", "piop2"),
+    "brain-age": ("ixi", "long579", "pixar"),
+    "brats-sequence": ("brats2023-men", "brats2023-ped", "brats2023-ssa"),
+}
+
+
+def test_exactly_20_rows_are_for_pretraining_and_every_task_of_the_paper_has_its_rows():
+    rows = list_cohorts()
+    pretraining = [row for row in rows if "pretraining" in row.roles]
+    assert len(pretraining) == 20
+    assert all("4.1.1" in row.paper for row in pretraining)
+    assert sum(map(len, DOWNSTREAM.values())) == 13
+    assert {row.name: row.roles for row in rows if "downstream" in row.roles}.keys() == {
+        name for names in DOWNSTREAM.values() for name in names
+    }
+    for section, names in DOWNSTREAM.items():
+        assert all(section in load_cohort(name).paper for name in names), section
+    assert {row.name: row.members for row in rows if row.members} == MEMBERS
+    # A part counts only as a part, unless the paper also uses it by itself.
+    parts = {name for names in MEMBERS.values() for name in names}
+    assert {name for name in parts if not load_cohort(name).roles} == {"piop1", "piop2", "ixi", "pixar"}
+    # Named in the paper's statement on data alone.
+    assert [row.name for row in rows if not row.roles and row.name not in parts] == ["oasis-3"]
+
+
 @pytest.mark.parametrize("row", list_cohorts(), ids=lambda row: row.name)
 def test_a_row_says_whence_it_comes_and_on_which_terms(row):
     assert row.name == row.path.rpartition("/")[2].removesuffix(".yaml")

@@ -1,6 +1,7 @@
 """Series in published trees: found with few reads, taken or left with a reason, never lost."""
 
 import csv
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -160,6 +161,24 @@ def test_unreadable_files_get_a_row_and_stop_nothing(tmp_path, series):
         "b1.dcm": (*taken, "FLAIR"),
         "c.dcm": ("unreadable_dicom",),
     }
+    rows = find_candidates([str(tmp_path / "in")], out_dir=tmp_path / "out", cohort=load_cohort("tcga-gbm"))
+    broken = [row.scan for row in rows if row.scan.status == "quarantined"]
+    assert sorted(Path(scan.source).name for scan in broken) == ["all", "c.dcm"]
+    assert all(scan.reason.startswith("unreadable_dicom: ") for scan in broken)
+    assert not [row for row in rows if row.scan.status == "skipped"]
+
+
+def test_a_series_without_its_uid_is_quarantined_and_one_below_a_hidden_folder_left(tmp_path, series):
+    series(tmp_path / "in/m/W1/study/nameless", voxels=TINY, PatientID="W1", SeriesInstanceUID="")
+    series(tmp_path / "in/m/W1/study/good", voxels=TINY, PatientID="W1")
+    (tmp_path / "in/m/.trash").mkdir()
+    (tmp_path / "in/m/.trash/1-1.dcm").write_bytes(b"junk")
+    found = find_candidates([str(tmp_path / "in")], out_dir=tmp_path / "out", cohort=load_cohort("ivygap"))
+    assert {Path(c.origin).name: (c.scan.subject, c.scan.status, c.scan.reason) for c in found} == {
+        "nameless": ("W1", "quarantined", "unreadable_dicom: no SeriesInstanceUID in the header"),
+        "good": ("W1", "done", ""),
+        ".trash": ("", "skipped", "hidden_file: its name or a folder's starts with a dot"),
+    }
 
 
 def test_a_series_that_lies_there_twice_is_taken_once(tmp_path, series):
@@ -268,6 +287,31 @@ def test_cptac_gbm_glis_rt_and_ivygap_leave_ct_and_structures(tmp_path, series):
             "RTSTRUCT": ("segmentation",),
             "REG": ("not_an_image",),
         }
+
+
+def test_the_row_for_ones_own_archive_in_the_documentation_does_what_it_says(tmp_path, series):
+    page = (Path(__file__).parents[3] / "docs" / "cohorts.md").read_text(encoding="utf-8")
+    row = re.search(r"^```yaml\n(name: our-archive\n.*?)^```$", page, re.MULTILINE | re.DOTALL)[1]
+    (tmp_path / "mine.yaml").write_text(row)
+    agent = {"ContrastBolusAgent": "Gadovist"}
+    before = {
+        "AX T1": {},
+        "T1 SPACE": {**agent, "MRAcquisitionType": "3D"},
+        "Navigation": {},
+        "T2 TSE": {"BodyPartExamined": "CSPINE"},
+    }
+    plant(series, tmp_path / "in", "pacs/ANON0042/before", "whoever", before)
+    plant(series, tmp_path / "in", "pacs/ANON0042/during", "ANON0042", {"AX FLAIR": {}})
+    plant(series, tmp_path / "in", "pacs/Smith/before", "Smith", {"SAG FLAIR": {}})
+    assert candidates(tmp_path / "in", str(tmp_path / "mine.yaml")) == {
+        "AX T1": ("A00042", "before", "T1"),
+        "T1 SPACE": ("A00042", "before", "T1c"),
+        "Navigation": ("A00042", "before", "T1c"),
+        "T2 TSE": ("other_body_part",),
+        # The path fits no pattern: PatientID and StudyDate count.
+        "AX FLAIR": ("A00042", "2001-02-03", "FLAIR"),
+        "SAG FLAIR": ("unrecognised",),
+    }
 
 
 def test_patients_of_another_collection_are_told(tmp_path, series):
