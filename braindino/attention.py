@@ -43,6 +43,33 @@ def attention(
     return _KERNELS[backend](q, k, v, groups)
 
 
+def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + head_dim / 2) of x (T, heads, head_dim) by their angles, in the table's precision."""
+    cosines, sines = rope
+    first, second = x.chunk(2, dim=-1)
+    return (x * cosines + torch.cat([-second, first], dim=-1) * sines).to(x.dtype)
+
+
+def attention_of_queries(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    groups: Groups,
+    query_counts: Sequence[torch.Tensor],
+    *,
+    backend: str,
+) -> torch.Tensor:
+    """As :func:`attention`, for some of the tokens only: q (Q, heads, head_dim) lies sequence after sequence.
+
+    ``query_counts``: for each group, (batch,) on the CPU: how many queries each of its sequences has, one or more.
+    Returns (Q, heads, head_dim).
+    """
+    if backend == "varlen":
+        return _varlen_of_queries(q, k, v, groups, query_counts)
+    # xformers' block-diagonal bias gains nothing for so few queries.
+    return _sdpa_of_queries(q, k, v, groups, query_counts)
+
+
 def choose_backend(device: torch.device | str, dtype: torch.dtype, *, num_groups: int) -> str:
     """The backend that "auto" runs.
 
@@ -92,6 +119,61 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Groups) -> 
         heads_first = (part.unflatten(0, group).transpose(1, 2) for part in parts)
         outputs.append(F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _sdpa_of_queries(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Groups, query_counts: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Sequences with one query (the CLS token) go together; those with more are filled up to the longest."""
+    outputs = []
+    first_query = first_key = 0
+    for (batch, tokens), counts in zip(groups, query_counts, strict=True):
+        num_queries = int(counts.sum())
+        queries = q[first_query : first_query + num_queries]
+        keys, values = (
+            part[first_key : first_key + batch * tokens].unflatten(0, (batch, tokens)).transpose(1, 2)
+            for part in (k, v)
+        )
+        result = torch.empty_like(queries)
+        starts = counts.cumsum(0) - counts
+        for several in (False, True):
+            sequences = ((counts > 1) == several).nonzero()[:, 0]
+            if not len(sequences):
+                continue
+            longest = int(counts[sequences].max())
+            ladder = torch.arange(longest)
+            places = starts[sequences, None] + ladder.clamp(max=counts[sequences, None] - 1)
+            real = (ladder < counts[sequences, None]).flatten().nonzero()[:, 0]
+            everything = len(sequences) == batch
+            chosen = sequences.to(q.device, non_blocking=True)
+            places_here = places.to(q.device, non_blocking=True)
+            attended = F.scaled_dot_product_attention(
+                queries[places_here].transpose(1, 2),
+                keys if everything else keys[chosen],
+                values if everything else values[chosen],
+            )
+            found = attended.transpose(1, 2).flatten(0, 1)
+            if len(real) < places.numel():
+                found = found[real.to(q.device, non_blocking=True)]
+            target = places.flatten()[real].to(q.device, non_blocking=True)
+            result = result.index_copy(0, target, found)
+        outputs.append(result)
+        first_query += num_queries
+        first_key += batch * tokens
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _varlen_of_queries(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Groups, query_counts: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    counts = torch.cat(list(query_counts))
+    query_starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32).to(q.device, non_blocking=True)
+    longest = max(tokens for _, tokens in groups)
+    output = varlen_attn(q, k, v, query_starts, _sequence_starts(tuple(groups), q.device), int(counts.max()), longest)
+    assert isinstance(output, torch.Tensor)  # a tuple only when extra outputs are asked for
+    return output
 
 
 def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Groups) -> torch.Tensor:

@@ -28,6 +28,7 @@ VERBS = {
     "audit": Verb("braindino.audit", "was anything that is tested on pretrained on, under whatever name"),
     "split": Verb("braindino.hold_out", "choose the subjects to hold out, once for every room"),
     "pretrain": Verb("braindino.pretrain.train", "DINOv3-style self-distillation on slices"),
+    "export": Verb("braindino.pretrain.export", "an encoder for timm, transformers or DINOv3's loaders, with a card"),
     "nnunet": Verb("nnunet_braindino.cli", "convert, score and check for the nnU-Net trainers"),
     "extract": Verb("braindino.downstream.extract", "features of prepared scans from a frozen encoder"),
     "evaluate": Verb("braindino.downstream.evaluate", "light heads and kNN on features, with intervals"),

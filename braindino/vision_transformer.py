@@ -7,13 +7,16 @@ LayerScale. Crops of different sizes run through the blocks in one pass, packed 
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from braindino.attention import BACKENDS, attention, choose_backend
+from braindino.attention import BACKENDS, attention, choose_backend, rotate
+from braindino.last_block import Kept, plan_reading, read_last_block
+from braindino.lean_linear import gelu_linear, norm_linear
 
 if TYPE_CHECKING:
     from braindino.weights import InputContract
@@ -33,6 +36,15 @@ class Tokens(NamedTuple):
     """(B, N, D) patch tokens, row-major over the (H / 16, W / 16) grid."""
 
 
+class ReadTokens(NamedTuple):
+    """Some of the tokens of a batch of B images."""
+
+    cls: torch.Tensor
+    """(B, D) class token."""
+    patches: torch.Tensor
+    """(M, D) the patch tokens asked for, in their order."""
+
+
 class VisionTransformer(nn.Module):
     """The encoder. ``encoder(x)`` gives ``Tokens``; see ``forward``, ``forward_crops`` and ``intermediate``.
 
@@ -46,6 +58,9 @@ class VisionTransformer(nn.Module):
     """Where the weights come from; set by ``braindino.load_encoder``."""
     sha256: str = ""
     """Hash of the weights as loaded; set by ``braindino.load_encoder``."""
+    checkpointing: bool = False
+    """Whether training forgets what is inside each block and computes it again in the backward pass: about a third more
+    time, a tenth of the memory. The last block of ``forward_read`` is kept."""
     contract: "InputContract | None" = None
     """What the weights expect of their input; set by ``braindino.load_encoder``."""
 
@@ -132,6 +147,11 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.storage_tokens, std=INIT_STD, generator=generator)
         nn.init.zeros_(self.mask_token)
 
+    def compile_blocks(self) -> None:
+        """torch.compile every block, at its first call; ``forward_read`` computes its part of the last uncompiled."""
+        for block in self.blocks:
+            block.compile()
+
     def forward(self, x: torch.Tensor) -> Tokens:
         """Tokens after the final norm.
 
@@ -154,6 +174,43 @@ class VisionTransformer(nn.Module):
         packed, groups = self._encode(crops, masks, generator, blocks={self.depth - 1})
         return self._unpack(self.norm(packed[self.depth - 1]), groups)
 
+    def forward_read(
+        self,
+        crops: Sequence[torch.Tensor],
+        read: Sequence[torch.Tensor | None],
+        masks: Sequence[torch.Tensor | None] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[ReadTokens]:
+        """As :meth:`forward_crops`, for the CLS tokens and some patch tokens; the last block computes no others.
+
+        read: for each batch, (M,) ascending positions in its flattened (B * N) patches, on the CPU; None for none.
+        ``generator``: on the CPU, as the images that drop path leaves decide what is computed.
+        """
+        start = self._start(crops, masks, generator, draw_on=torch.device("cpu"))
+        x = start.x
+        for index, block in enumerate(self.blocks[:-1]):
+            x = self._run(block, x, start, index)
+        last = 2 * (self.depth - 1)
+        plan = plan_reading(
+            start.groups,
+            read,
+            num_prefix=1 + self.num_storage_tokens,
+            attention_kept=start.kept(last),
+            mlp_kept=start.kept(last + 1),
+            device=x.device,
+        )
+        block = self.blocks[-1]
+        assert isinstance(block, Block)
+        packing = start.packing
+        rows = self.norm(
+            read_last_block(block, x, plan, rope=packing.rope, groups=packing.groups, backend=packing.backend)
+        )
+        tokens = []
+        for part, is_cls in zip(rows.split([len(flags) for flags in plan.is_cls]), plan.is_cls, strict=True):
+            cls, patches = ((flags.nonzero()[:, 0]).to(x.device, non_blocking=True) for flags in (is_cls, ~is_cls))
+            tokens.append(ReadTokens(part[cls], part[patches]))
+        return tokens
+
     def intermediate(self, x: torch.Tensor, blocks: Sequence[int] = (2, 5, 8, 11), norm: bool = True) -> list[Tokens]:
         """Tokens after each of ``blocks`` (from 0), in the order asked for; with ``norm`` the final norm is applied."""
         outside = [index for index in blocks if not 0 <= index < self.depth]
@@ -170,6 +227,31 @@ class VisionTransformer(nn.Module):
         blocks: Collection[int],
     ) -> tuple[dict[int, torch.Tensor], list[tuple[int, int]]]:
         """The packed tokens (T, D) after each of ``blocks``, and the groups (batch, tokens) they are laid in."""
+        start = self._start(crops, masks, generator)
+        x, wanted = start.x, {}
+        for index, block in enumerate(self.blocks[: max(blocks, default=-1) + 1]):
+            x = self._run(block, x, start, index)
+            if index in blocks:
+                wanted[index] = x
+        return wanted, start.groups
+
+    def _run(self, block: nn.Module, x: torch.Tensor, start: "_Start", index: int) -> torch.Tensor:
+        subsets = start.subsets[2 * index], start.subsets[2 * index + 1]
+        if self.checkpointing and torch.is_grad_enabled():
+            # Drop path is drawn before the blocks, so that nothing random happens when one is computed again.
+            result = checkpoint(block, x, start.packing, *subsets, use_reentrant=False, preserve_rng_state=False)
+            assert isinstance(result, torch.Tensor)
+            return result
+        return cast(torch.Tensor, block(x, start.packing, *subsets))
+
+    def _start(
+        self,
+        crops: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor | None] | None,
+        generator: torch.Generator | None,
+        draw_on: torch.device | None = None,
+    ) -> "_Start":
+        """All that the blocks need; drop path is drawn on ``draw_on``, by default where the tokens are."""
         if masks is not None and len(masks) != len(crops):
             raise ValueError(f"{len(crops)} batches of crops but {len(masks)} masks; give None where there is no mask")
         embedded = [self._embed(crop, masks[i] if masks else None) for i, crop in enumerate(crops)]
@@ -185,18 +267,14 @@ class VisionTransformer(nn.Module):
             backend = choose_backend(x.device, dtype, num_groups=len(groups))
 
         subsets: list[_Subset | None] = [None] * (2 * self.depth)
-        attended = groups
+        attended, orders = groups, None
         if self.training and self.drop_path > 0:
             attended = [(_num_kept(batch, self.drop_path), tokens) for batch, tokens in groups]
-            subsets = _draw_subsets(groups, attended, 2 * self.depth, x, generator)
+            place = generator.device if generator is not None else draw_on or x.device
+            orders = _draw_orders(groups, attended, 2 * self.depth, place, generator)
+            subsets = _subsets_of(orders, groups, x)
         packing = _Packing(attended, _pack_rope(tables, attended), backend)
-
-        wanted = {}
-        for index, block in enumerate(self.blocks[: max(blocks, default=-1) + 1]):
-            x = block(x, packing, subsets[2 * index], subsets[2 * index + 1])
-            if index in blocks:
-                wanted[index] = x
-        return wanted, groups
+        return _Start(x, groups, packing, subsets, orders)
 
     def _embed(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """(B, 1 + S + N, D): CLS, storage and patch tokens before the first block."""
@@ -294,8 +372,8 @@ class Block(nn.Module):
         self, x: torch.Tensor, packing: "_Packing", attn_subset: "_Subset | None", mlp_subset: "_Subset | None"
     ) -> torch.Tensor:
         """(T, D) -> (T, D). A subset restricts its branch to some images; ``packing`` is what attention then sees."""
-        x = _add_branch(x, lambda rows: self.ls1(self.attn(self.norm1(rows), packing)), attn_subset)
-        return _add_branch(x, lambda rows: self.ls2(self.mlp(self.norm2(rows))), mlp_subset)
+        x = _add_branch(x, lambda rows: self.attn(rows, packing, norm=self.norm1, scale=self.ls1), attn_subset)
+        return _add_branch(x, lambda rows: self.mlp(rows, norm=self.norm2, scale=self.ls2), mlp_subset)
 
 
 class SelfAttention(nn.Module):
@@ -307,10 +385,14 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: torch.Tensor, packing: "_Packing") -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
-        q, k = _rotate(q, packing.rope), _rotate(k, packing.rope)
-        return self.proj(attention(q, k, v, packing.groups, backend=packing.backend).flatten(1))
+    def forward(self, x: torch.Tensor, packing: "_Packing", *, norm: nn.LayerNorm, scale: "LayerScale") -> torch.Tensor:
+        """(T, D) -> (T, D), the norm before and the LayerScale behind it included."""
+        qkv = norm_linear(x, norm, self.qkv.weight, self.qkv.bias)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
+        # As a copy of its own, v does not keep q and k alive from before they were turned.
+        q, k, v = rotate(q, packing.rope), rotate(k, packing.rope), v.contiguous()
+        seen = attention(q, k, v, packing.groups, backend=packing.backend)
+        return F.linear(seen.flatten(1), *scale.folded(self.proj))
 
 
 class Mlp(nn.Module):
@@ -321,19 +403,22 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(embed_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, embed_dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: torch.Tensor, *, norm: nn.LayerNorm, scale: "LayerScale") -> torch.Tensor:
+        """(T, D) -> (T, D), the norm before and the LayerScale behind it included."""
+        return gelu_linear(norm_linear(x, norm, self.fc1.weight, self.fc1.bias), *scale.folded(self.fc2))
 
 
 class LayerScale(nn.Module):
-    """A learned factor per feature."""
+    """A learned factor per feature of the linear map before it."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.empty(embed_dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.gamma
+    def folded(self, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the map and this factor in one: (D, D') and (D,). Scaling the weights instead of every
+        token spares a pass over the tokens and what autograd would keep of it."""
+        return linear.weight * self.gamma[:, None], linear.bias * self.gamma
 
 
 def vit_tiny(**overrides: Any) -> VisionTransformer:
@@ -383,21 +468,48 @@ def _num_kept(batch: int, drop_path: float) -> int:
     return max(int(batch * (1.0 - drop_path)), 1)
 
 
-def _draw_subsets(
+class _Start(NamedTuple):
+    """What the blocks begin with."""
+
+    x: torch.Tensor  # (T, D)
+    groups: list[tuple[int, int]]
+    packing: _Packing
+    subsets: "list[_Subset | None]"
+    orders: list[torch.Tensor] | None  # for each group (branches, kept) images; None without drop path
+
+    def kept(self, branch: int) -> list[Kept] | None:
+        """What drop path leaves of each batch in one residual branch."""
+        if self.orders is None:
+            return None
+        return [
+            Kept(order[branch], batch / order.shape[1])
+            for order, (batch, _) in zip(self.orders, self.groups, strict=True)
+        ]
+
+
+def _draw_orders(
     groups: Sequence[tuple[int, int]],
     kept_groups: Sequence[tuple[int, int]],
     num_branches: int,
-    x: torch.Tensor,
+    device: torch.device,
     generator: torch.Generator | None,
+) -> list[torch.Tensor]:
+    """For each group (num_branches, kept): ``kept`` of its images at random for every residual branch."""
+    return [
+        torch.rand(num_branches, batch, generator=generator, device=device).argsort(dim=1)[:, :kept]
+        for (batch, _), (kept, _) in zip(groups, kept_groups, strict=True)
+    ]
+
+
+def _subsets_of(
+    orders: Sequence[torch.Tensor], groups: Sequence[tuple[int, int]], x: torch.Tensor
 ) -> list[_Subset | None]:
-    """For each residual branch, ``kept`` images of every group at random. All are drawn here at once: one transfer to
-    the device of ``x`` instead of one per branch."""
+    """The tokens of the images drawn, all branches at once: one transfer to the device of ``x`` instead of one each."""
     rows, scales = [], []
     start = 0
     device, dtype = x.device, torch.promote_types(x.dtype, torch.float32)  # bfloat16 would round batch / kept by 0.4 %
-    for (batch, tokens), (kept, _) in zip(groups, kept_groups, strict=True):
-        draw_device = device if generator is None else generator.device
-        order = torch.rand(num_branches, batch, generator=generator, device=draw_device).argsort(dim=1)[:, :kept]
+    for (batch, tokens), order in zip(groups, orders, strict=True):
+        kept = order.shape[1]
         first_rows = start + tokens * order.to(device, non_blocking=True)
         rows.append((first_rows[..., None] + torch.arange(tokens, device=device)).flatten(1))
         scales.append(torch.full((kept * tokens, 1), batch / kept, device=device, dtype=dtype))
@@ -430,10 +542,3 @@ def _pack_rope(tables: Sequence[torch.Tensor], groups: Sequence[tuple[int, int]]
     """(2, T, 1, head_dim): every sequence's table, laid out as the tokens are."""
     repeated = [table.repeat(1, batch, 1) for table, (batch, _) in zip(tables, groups, strict=True)]
     return torch.cat(repeated, dim=1)[:, :, None]
-
-
-def _rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (i, i + head_dim / 2) of x (T, heads, head_dim) by their angles, in the table's precision."""
-    cosines, sines = rope
-    first, second = x.chunk(2, dim=-1)
-    return (x * cosines + torch.cat([-second, first], dim=-1) * sines).to(x.dtype)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from braindino.atomic import replace_file, write_json
 from braindino.provenance import versions
-from braindino.vision_transformer import ARCHITECTURES, RotaryEmbedding, VisionTransformer
+from braindino.vision_transformer import ARCHITECTURES, INPUT_CHANNELS, RotaryEmbedding, VisionTransformer
 
 FORMAT = "braindino-encoder"
 FORMAT_VERSION = 1
@@ -33,6 +33,8 @@ HEAD_DIM = 64
 """Features per attention head in every published DINOv3 ViT; files do not say, so heads = embed_dim / 64."""
 TEACHER_EPS, RELEASED_EPS = 1e-6, 1e-5
 """LayerNorm eps is in no weight file: DINOv3's training code builds with 1e-6, its released models with 1e-5."""
+EPS_KEY = "layer_norm_eps"
+"""Where the header of a timm file that we wrote states its LayerNorm eps; timm does not read it."""
 PUBLISHED_DEPTHS = {384: 12, 768: 12, 1024: 24}
 """Blocks by width; a file of one of these widths must be complete, not just as deep as the blocks it holds."""
 
@@ -96,6 +98,7 @@ def save_encoder(
     header = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
     with replace_file(file) as temporary:
         save_file(state, temporary, metadata={"format": FORMAT, "format_version": str(FORMAT_VERSION), **header})
+        _sort_header(temporary)
     about = "For people. load_encoder reads the header of the .safetensors file, never this."
     counts = {"tensors": len(state), "parameters": sum(p.numel() for p in encoder.parameters())}
     write_json(file.with_suffix(".json"), {"about": about, "format_version": FORMAT_VERSION, **facts, **counts})
@@ -109,8 +112,8 @@ def load_encoder(path_or_name: str | Path, *, device: str | torch.device = "cpu"
     DINOv3 weights in the official, timm or Hugging Face layout (a folder with ``config.json``, or the file); or
     "untrained:vit_base" and so on, random weights of seed 0; or "untrained:PATH", random weights of the architecture
     of the encoder at PATH. For foreign files the architecture is read off the shapes, with LayerNorm eps 1e-6 for
-    teacher files and for flat ones without qkv bias (DINOv3's training style),
-    otherwise 1e-5 unless a ``config.json`` says more.
+    teacher files and for flat ones without qkv bias (DINOv3's training style), otherwise 1e-5 unless a ``config.json``
+    or the header of a timm file exported by ``braindino export`` says more.
 
     Raises ValueError naming file, key, expected and found for an unknown, missing, misshapen or non-finite tensor,
     for a damaged file and for one that holds more than tensors; FileNotFoundError when there is nothing at the path.
@@ -119,7 +122,7 @@ def load_encoder(path_or_name: str | Path, *, device: str | torch.device = "cpu"
     if text.startswith(UNTRAINED_PREFIX):
         encoder = _build_untrained(text.removeprefix(UNTRAINED_PREFIX))
     else:
-        encoder = _load_file(_find_file(Path(path_or_name)))
+        encoder = _load_file(find_encoder_file(path_or_name))
     return encoder.to(device).eval().requires_grad_(False)
 
 
@@ -166,6 +169,132 @@ def to_timm_state(encoder: VisionTransformer) -> dict[str, torch.Tensor]:
         else:
             state[_foreign_name(key, "timm")] = value
     return state
+
+
+def to_dinov3_state(encoder: VisionTransformer) -> dict[str, torch.Tensor]:
+    """The flat state dict of DINOv3's released files, which its hub and its class with ``qkv_bias=True,
+    mask_k_bias=True`` load strictly: a qkv bias in every block, and the mask that it is multiplied by.
+
+    For an encoder without qkv bias both are zeros, as in the released files. The hub builds with LayerNorm eps 1e-5:
+    for another one set it on the loaded model.
+    """
+    state = _float_state(encoder)
+    for number in range(encoder.depth):
+        key = f"blocks.{number}.attn.qkv.bias"
+        bias = state.setdefault(key, torch.zeros(3 * encoder.embed_dim))
+        mask = torch.full_like(bias, float(encoder.architecture["qkv_bias"]))
+        _, k_bias, _ = bias.chunk(3)
+        mask.chunk(3)[1].mul_(float(k_bias.any()))
+        state[f"{key}_mask"] = mask
+    return state
+
+
+def to_hugging_face_state(encoder: VisionTransformer) -> dict[str, torch.Tensor]:
+    """The tensors of a ``model.safetensors`` that ``transformers.DINOv3ViTModel`` loads, with
+    ``to_hugging_face_config`` as the ``config.json`` beside it.
+
+    transformers computes the RoPE periods itself, from ``rope_theta``.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for key, value in _float_state(encoder).items():
+        if key == "rope_embed.periods":
+            continue
+        if ".attn.qkv." in key:
+            for part, tensor in zip("qkv", value.chunk(3), strict=True):
+                state[_foreign_name(key.replace("qkv", f"{part}_proj"), "Hugging Face")] = tensor.clone()
+        else:
+            state[_foreign_name(key, "Hugging Face")] = value[None] if key == "mask_token" else value
+    return state
+
+
+def to_hugging_face_config(encoder: VisionTransformer) -> dict[str, Any]:
+    """The ``config.json`` of a ``transformers.DINOv3ViTModel`` with the same features."""
+    architecture = encoder.architecture
+    return {
+        "architectures": ["DINOv3ViTModel"],
+        "model_type": "dinov3_vit",
+        "dtype": "float32",
+        "hidden_size": architecture["embed_dim"],
+        "intermediate_size": architecture["mlp_ratio"] * architecture["embed_dim"],
+        "num_hidden_layers": architecture["depth"],
+        "num_attention_heads": architecture["num_heads"],
+        "patch_size": architecture["patch_size"],
+        "num_register_tokens": architecture["num_storage_tokens"],
+        "image_size": (encoder.contract or InputContract()).image_size,
+        "num_channels": INPUT_CHANNELS,
+        "hidden_act": "gelu",
+        "use_gated_mlp": False,
+        "layer_norm_eps": architecture["layer_norm_eps"],
+        "layerscale_value": architecture["layer_scale_init"],
+        "query_bias": architecture["qkv_bias"],
+        "key_bias": architecture["qkv_bias"],
+        "value_bias": architecture["qkv_bias"],
+        "proj_bias": True,
+        "mlp_bias": True,
+        "rope_theta": architecture["rope_base"],
+        # Theirs are drawn anew in training only; the paper's recipe has none.
+        "pos_embed_shift": None,
+        "pos_embed_jitter": None,
+        "pos_embed_rescale": None,
+    }
+
+
+def load_heads(path: str | Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The projection heads of a teacher file, float32: ``{"dino_head": {"mlp.0.weight": ...}, "ibot_head": ...}``.
+
+    Empty for the other layouts, which hold none; a head that a teacher file lacks is left out. Raises as
+    ``load_encoder`` does for a damaged file and for tensors that are not finite.
+    """
+    file = find_encoder_file(path)
+    content = _read_safetensors(file)[1] if file.suffix == ".safetensors" else _read_pickle(file)
+    if isinstance(content.get("teacher"), dict):
+        content = content["teacher"]
+    heads: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in content.items():
+        head, _, parameter = str(name).replace(_WRAPPER, "").partition(".")
+        if f"{head}." not in TEACHER_HEADS:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{file}: key {name!r} is a {type(value).__name__}, expected a tensor")
+        _check_finite({str(name): value}, {}, str(file))
+        heads.setdefault(head, {})[parameter] = value.to(torch.float32)
+    return heads
+
+
+def read_facts(path_or_name: str | Path) -> dict[str, str]:
+    """What a native file's header states beside the weights (``versions`` is JSON, ``notes`` and ``data_fingerprint``
+    are text); empty for the other layouts and for untrained encoders."""
+    if str(path_or_name).startswith(UNTRAINED_PREFIX):
+        return {}
+    file = find_encoder_file(path_or_name)
+    if file.suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
+        header = opened.metadata() or {}
+    return header if header.get("format") == FORMAT else {}
+
+
+def find_encoder_file(path: str | Path) -> Path:
+    """The file that ``load_encoder`` reads for a folder or a file.
+
+    Raises FileNotFoundError when there is no encoder; says what may be given.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    candidates = [path / ENCODER_FILE, path / "model.safetensors", path / "pytorch_model.bin"]
+    for file in candidates:
+        if file.is_file():
+            return file
+    if path.is_dir():
+        expected = " or ".join(file.name for file in candidates)
+        hint = f"; did you mean {path / 'encoder'}?" if (path / "encoder" / ENCODER_FILE).is_file() else ""
+        raise FileNotFoundError(f"{path}: a folder without encoder weights, expected {expected} in it{hint}")
+    raise FileNotFoundError(
+        f"no encoder at {path}. Give the path of one: the folder RUN/encoder of a pretraining run, a teacher .pth, or "
+        "DINOv3 weights that you downloaded (official .pth, timm or Hugging Face file or folder); or the name "
+        f"{UNTRAINED_PREFIX}vit_base for random weights"
+    )
 
 
 @dataclass(frozen=True)
@@ -217,13 +346,26 @@ _RENAMES: dict[str, dict[str, str]] = {
 }
 
 
+def _sort_header(file: Path) -> None:
+    """Put the facts of a safetensors header into alphabetical order, in place: safetensors writes them in an order that
+    changes from call to call, and equal encoders should be equal files."""
+    with file.open("r+b") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length, "the header has grown"
+        handle.seek(8)
+        handle.write(text)
+
+
 def _build_untrained(name: str) -> VisionTransformer:
     """Random weights of an architecture: one with a name, or that of the encoder at a path."""
     if name in ARCHITECTURES:
         architecture, label = {}, name
         build = ARCHITECTURES[name]
     elif Path(name).exists():
-        like = _load_file(_find_file(Path(name)))
+        like = _load_file(find_encoder_file(name))
         architecture, label = like.architecture, f"like-{like.name}"
         build = VisionTransformer
     else:
@@ -242,31 +384,12 @@ def _build_untrained(name: str) -> VisionTransformer:
     return encoder
 
 
-def _find_file(path: Path) -> Path:
-    """The weights file that ``path`` means."""
-    if path.is_file():
-        return path
-    candidates = [path / ENCODER_FILE, path / "model.safetensors", path / "pytorch_model.bin"]
-    for file in candidates:
-        if file.is_file():
-            return file
-    if path.is_dir():
-        expected = " or ".join(file.name for file in candidates)
-        hint = f"; did you mean {path / 'encoder'}?" if (path / "encoder" / ENCODER_FILE).is_file() else ""
-        raise FileNotFoundError(f"{path}: a folder without encoder weights, expected {expected} in it{hint}")
-    raise FileNotFoundError(
-        f"no encoder at {path}. Give the path of one: the folder RUN/encoder of a pretraining run, a teacher .pth, or "
-        "DINOv3 weights that you downloaded (official .pth, timm or Hugging Face file or folder); or the name "
-        f"{UNTRAINED_PREFIX}vit_base for random weights"
-    )
-
-
 def _load_file(file: Path) -> VisionTransformer:
     header, content = _read_safetensors(file) if file.suffix == ".safetensors" else ({}, _read_pickle(file))
     if header.get("format") == FORMAT:
         encoder = _load_native(_Weights(file, "native", content, {key: key for key in content}), header)
     else:
-        encoder = _load_foreign(_recognise(file, content))
+        encoder = _load_foreign(_recognise(file, content), header)
     encoder.name = _name(file)
     return encoder
 
@@ -320,10 +443,12 @@ def _load_native(weights: _Weights, header: Mapping[str, str]) -> VisionTransfor
     return encoder
 
 
-def _load_foreign(weights: _Weights) -> VisionTransformer:
+def _load_foreign(weights: _Weights, header: Mapping[str, str]) -> VisionTransformer:
     has_qkv_bias_keys = any(key.endswith("attn.qkv.bias") for key in weights.tensors)
     weights = _settle_bias(_fuse_qkv(weights))
     architecture = _infer_architecture(weights, has_qkv_bias_keys=has_qkv_bias_keys)
+    if EPS_KEY in header and weights.layout == "timm":
+        architecture["layer_norm_eps"] = float(header[EPS_KEY])
     fixed: dict[str, torch.Tensor] = {}
     if weights.layout == "timm":
         fixed["mask_token"] = torch.zeros(1, architecture["embed_dim"])

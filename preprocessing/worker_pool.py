@@ -5,7 +5,6 @@ it was on. Here every process has a pipe of its own, so the task of a dead one i
 process takes over.
 """
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -15,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+from braindino.allocation import keep_freed_memory
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -123,7 +121,7 @@ def _serve(function: Callable[[Any], Any], pipe: connection.Connection) -> None:
     # Ctrl-C reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _keep_freed_memory()
+    keep_freed_memory()
     pipe.send(None)
     while True:
         try:
@@ -135,20 +133,6 @@ def _serve(function: Callable[[Any], Any], pipe: connection.Connection) -> None:
         except Exception as error:  # raised again in the parent
             answer = _Failure(error)
         pipe.send(answer)
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library use freed arrays again instead of giving them back and asking for fresh, zeroed pages.
-
-    A scan makes a dozen arrays of 67 MB; without this the kernel's part is an eighth of the time
-    (benchmarks/RESULTS.md). Where the C library is another one, nothing changes.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _end_with_parent() -> None:

@@ -68,17 +68,23 @@ def draw_crops(
 def render_crops(slices: Tensor, crops: CropParameters, *, size: int, canvas_size: int) -> Tensor:
     """The crops of square slices (n, S, S), resized to (n, 1, size, size), on the device of the slices.
 
-    canvas_size != S stands for slices interpolated to a canvas of that side before cropping: the box is scaled back to
-    the slice and resampled once, which shows the same field of view without interpolating twice.
+    canvas_size != S stands for slices interpolated to a canvas of that side before cropping (paper sec. 4.2, second
+    stage). Both resamplings are linear: their matrices are multiplied first, (size x canvas) @ (canvas x S), and the
+    canvas itself is never made. The view is the one that interpolating, cropping and resizing gives, to rounding.
     """
     source_size = slices.shape[-1]
-    ratio = source_size / canvas_size
-    boxes = torch.stack([crops.top, crops.height, crops.left, crops.width]).mul(ratio).to(slices.device, torch.float32)
-    sigma = crops.sigma.to(slices.device, torch.float32)
-    rows = blur_rows(resize_matrix(boxes[0], boxes[1], size=size, source_size=source_size), sigma)
-    columns = blur_rows(resize_matrix(boxes[2], boxes[3], size=size, source_size=source_size), sigma)
-    flip = crops.flip.to(slices.device)[:, None, None]
-    columns = torch.where(flip, columns.flip(1), columns)
+    # One small copy that the host does not wait for: waiting here would leave a GPU idle after every step.
+    drawn = torch.stack([values.float() for values in crops]).to(slices.device, non_blocking=True)
+    top, left, height, width, flip, sigma = drawn
+    rows = resize_matrix(top, height, size=size, source_size=canvas_size)
+    columns = resize_matrix(left, width, size=size, source_size=canvas_size)
+    if canvas_size != source_size:
+        whole = torch.full((1,), float(source_size), device=slices.device)
+        to_canvas = resize_matrix(torch.zeros_like(whole), whole, size=canvas_size, source_size=source_size)
+        rows, columns = rows @ to_canvas, columns @ to_canvas
+    if crops.sigma.any():  # on the CPU, so that nothing waits
+        rows, columns = blur_rows(rows, sigma), blur_rows(columns, sigma)
+    columns = torch.where(flip.bool()[:, None, None], columns.flip(1), columns)
     return (rows.to(slices.dtype) @ slices @ columns.to(slices.dtype).mT).unsqueeze(1)
 
 

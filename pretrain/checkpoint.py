@@ -14,7 +14,7 @@ import torch
 from braindino.atomic import replace_file, sync, write_json
 from braindino.file_digest import file_digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KEPT = 2
 PREFIX = "iteration="
 
@@ -28,11 +28,12 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any]
     sha256: str
     state: dict[str, Any]
-    """`student`, `teacher` and `optimizer` state dictionaries, on the CPU."""
+    """`student`, `teacher` and `optimizer` state dictionaries, whole and on the CPU however they were trained; `guard`
+    (counts of skipped steps) and `division` (of the batch over processes, see `distributed.Division`)."""
 
 
 def save_checkpoint(run_dir: Path, *, iteration: int, config: dict[str, Any], state: dict[str, Any]) -> Path:
-    """Write a checkpoint and remove all but the newest two; the path of its folder."""
+    """Write a checkpoint and remove all but this and the one before; the path of its folder."""
     folder = checkpoint_folder(run_dir, iteration)
     partial = folder.with_name(f".{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -53,8 +54,11 @@ def save_checkpoint(run_dir: Path, *, iteration: int, config: dict[str, Any], st
         shutil.rmtree(folder)
     partial.rename(folder)
     sync(folder.parent)
-    for old in checkpoint_folders(run_dir)[KEPT:]:
-        shutil.rmtree(old)
+    # Later ones were passed over on resuming; left there, they would count among the newest two.
+    kept = [path for path in checkpoint_folders(run_dir) if _iteration_of(path) <= iteration][:KEPT]
+    for path in folder.parent.glob(f"*{PREFIX}*"):
+        if path not in kept:
+            shutil.rmtree(path)
     return folder
 
 
@@ -66,16 +70,27 @@ def checkpoint_folder(run_dir: Path, iteration: int) -> Path:
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """Finished checkpoints of a run, newest first."""
     found = [path for path in (run_dir / "checkpoints").glob(f"{PREFIX}*") if path.name[len(PREFIX) :].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]), reverse=True)
+    return sorted(found, key=_iteration_of, reverse=True)
 
 
 def load_newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint that is sound, None if there is none; damaged ones are named on standard output."""
-    for folder in checkpoint_folders(run_dir):
+    """The newest checkpoint that is sound, None if there is none at all; damaged ones are named on standard output.
+
+    Raises:
+        ValueError: there are checkpoints, but not one of them can be read. A run that has come far must not start anew
+            over that unasked.
+    """
+    folders = checkpoint_folders(run_dir)
+    for folder in folders:
         try:
             return load_checkpoint(folder)
         except (ValueError, OSError) as error:
             print(f"checkpoint passed over: {error}", flush=True)
+    if folders:
+        raise ValueError(
+            f"{folders[0].parent}: none of its {len(folders)} checkpoints can be read (see above); restore one, or "
+            "remove them to start from the beginning"
+        )
     return None
 
 
@@ -98,3 +113,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"{folder / 'state.pt'}: damaged (SHA-256 {found[:12]}..., expected {sha256[:12]}...)")
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     return Checkpoint(folder, meta["iteration"], meta["config"], sha256, state)
+
+
+def _iteration_of(folder: Path) -> int:
+    return int(folder.name[len(PREFIX) :])

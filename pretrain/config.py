@@ -32,6 +32,9 @@ class ModelConfig:
     drop_path: float = 0.2
     """Fraction of images each residual branch of the student skips, the same in every block (the paper is silent; the
     loaders of MedDINOv3 and BrainDINO say 0.2, DINOv3 0.3)."""
+    layer_norm_eps: float | None = None
+    """Eps of the encoder's LayerNorms. None takes over that of the encoder or run in --init-from (released DINOv3 1e-5,
+    their training code 1e-6), or else is 1e-6 (DINOv3); config.yaml then holds the number."""
     num_prototypes: int = 65536
     """Prototypes K of the DINO and of the iBOT head (paper)."""
     head_hidden_dim: int = 2048
@@ -43,9 +46,37 @@ class ModelConfig:
         _check(self, "num_storage_tokens", 0)
         _check(self, "layer_scale_init", 0)
         _check(self, "drop_path", 0, 0.9)
+        if self.layer_norm_eps is not None:
+            _check(self, "layer_norm_eps", 1e-12, 1e-2)
         _check(self, "num_prototypes", 2)
         _check(self, "head_hidden_dim", 1)
         _check(self, "head_bottleneck_dim", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How often slices are drawn. The expected share of a cohort (or sequence) in the batches is proportional to its
+    weight times its number of slices: all 1 draws every slice equally often, 2 draws those slices twice as often as
+    others, 0 never; weights of 1 / (number of slices) make groups equal. A slice weighs cohort times sequence."""
+
+    cohort_weights: tuple[str, ...] = ()
+    """Weights as `cohort=weight`, such as `ixi=2.0 oasis=0.5`; 1 for cohorts not named (ours; the paper has none)."""
+    sequence_weights: tuple[str, ...] = ()
+    """Weights as `sequence=weight`, such as `FLAIR=1.5`; 1 for sequences not named (ours)."""
+
+    def __post_init__(self) -> None:
+        _named_weights("sampling.cohort_weights", self.cohort_weights)
+        _named_weights("sampling.sequence_weights", self.sequence_weights)
+
+    @property
+    def by_cohort(self) -> dict[str, float]:
+        """Cohort -> weight."""
+        return _named_weights("sampling.cohort_weights", self.cohort_weights)
+
+    @property
+    def by_sequence(self) -> dict[str, float]:
+        """Sequence -> weight."""
+        return _named_weights("sampling.sequence_weights", self.sequence_weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +99,7 @@ class CropConfig:
     """Aspect ratio of the crop's box, width / height, log-uniform (DINOv3)."""
     canvas_size: int = SLICE_SIZE
     """Side of the canvas on which boxes are drawn, px. 1024 stands for slices interpolated to 1024 before cropping
-    (paper, high-resolution stage); the box is then resampled once, straight from the 256 px slice."""
+    (paper, high-resolution stage): bicubic, and composed with the crop's own resampling into one product."""
     flip_probability: float = 0.5
     """Probability of a left-right flip (paper: random; 0.5 in DINOv3)."""
     blur_probabilities: tuple[float, float, float] = (0.0, 0.9, 0.5)
@@ -127,12 +158,22 @@ class LossConfig:
     """Temperature of the teacher at the start and after its warm-up (DINOv3)."""
     teacher_temperature_iterations: int = 30_000
     """Length of that linear warm-up, iterations (DINOv3: 30 epochs of 1,000)."""
+    centering: Literal["sinkhorn_knopp", "softmax"] = "sinkhorn_knopp"
+    """What keeps the teacher from preferring few prototypes: Sinkhorn-Knopp over the global batch (DINOv3), or a moving
+    mean of its logits, taken off before the softmax (DINO, DINOv2). The paper says "centered"."""
     sinkhorn_iterations: int = 3
-    """Sinkhorn-Knopp iterations that centre the teacher (DINOv3; the paper says "centered")."""
+    """Sinkhorn-Knopp iterations (DINOv3)."""
+    centre_momentum: float = 0.9
+    """Of that moving mean, per iteration (DINO); softmax centring only."""
     ibot_weight: float = 1.0
     """Lambda of Eq. 3 (paper)."""
     koleo_weight: float = 0.1
     """Weight of KoLeo on the student's CLS token, per global crop (paper)."""
+    gram_weight: float = 0.0
+    """Weight of Gram anchoring: patch similarities are held to those of an earlier encoder (paper: none; DINOv3 7B: 2).
+    All patches are then computed to the end."""
+    gram_teacher: Path | None = None
+    """That encoder: a file, a folder or a run that load_encoder knows; needed when gram_weight is not 0."""
 
     def __post_init__(self) -> None:
         _check(self, "student_temperature", 1e-3)
@@ -142,6 +183,12 @@ class LossConfig:
         _check(self, "sinkhorn_iterations", 1)
         _check(self, "ibot_weight", 0)
         _check(self, "koleo_weight", 0)
+        _check(self, "centre_momentum", 0, 1)
+        _check(self, "gram_weight", 0)
+        if (self.gram_weight > 0) != (self.gram_teacher is not None):
+            raise ValueError(
+                f"loss.gram_weight {self.gram_weight:g} and loss.gram_teacher {self.gram_teacher}: give both or none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,12 +243,23 @@ class PretrainConfig:
     """Folder of the run. If it holds checkpoints of the same settings the run goes on from the newest."""
     exclude_subjects: Path | None = None
     """Text file of subjects that must not be seen, one `cohort/subject` per line (downstream test subjects)."""
+    crosswalk: tuple[Path, ...] = ()
+    """Tables that join ids of one person in different cohorts, as for `braindino audit`: whom they (or the built-in
+    rules, or equal fingerprints) make one of the excluded subjects is excluded as well."""
     init_from: Path | None = None
-    """Finished run whose teacher (encoder and heads) student and teacher start from."""
+    """What student and teacher start from: a run (its teacher, encoder and heads), or any encoder that
+    `braindino.load_encoder` knows (DINOv3 in the official, timm or Hugging Face layout, a BrainDINO or MedDINOv3
+    teacher file with or without heads, our own); heads that it lacks start fresh, with a notice."""
     iterations: int = 500_000
     """Length of the run (paper)."""
     batch_size: int = 256
-    """Slices per iteration (paper: 256 on each of 4 GPUs)."""
+    """Slices per process and micro-batch (paper: 256 on each of 4 GPUs). The global batch of an iteration, by which the
+    learning rate is scaled, is processes x accumulate x batch_size: 1,024 in the paper, with torchrun
+    --nproc-per-node 4 or, on one GPU, --accumulate 4. A run may be resumed with another division of the same global
+    batch. KoLeo compares the slices of one micro-batch (DINOv3: of one GPU)."""
+    accumulate: int = 1
+    """Micro-batches per process and iteration. Gradients are averaged over all of them, and Sinkhorn-Knopp centres
+    the teacher over the whole global batch, so that one process with --accumulate 4 does what four processes do."""
     seed: int = 0
     """Decides the initial weights, the order of slices, crops, masks and drop path."""
     checkpoint_every: int = 2_500
@@ -210,9 +268,23 @@ class PretrainConfig:
     """Iterations between rows of metrics.jsonl."""
     num_workers: int = 4
     """Processes that read slices; 0 reads in the main process. Does not change results."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several processes: whole copies of student and teacher in each ("ddp"), or both, and the optimiser, sharded
+    over all ("fsdp": the memory of ViT-L and larger). "auto" takes fsdp for vit_large. Does not change results."""
+    max_bad_steps: int = 3
+    """Steps in a row that are skipped because the loss or a gradient is not finite; one more stops the run, with the
+    last good state saved. 0 stops at the first (ours)."""
+    dry_run_steps: int = 10
+    """Steps of each pair of crop sizes that --dry-run measures, after two that are not timed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train: bfloat16 autocast on cuda, float32 on cpu; "auto" prefers cuda."""
+    activation_checkpointing: bool = False
+    """Forget what is inside each block of the student and compute it again in the backward pass: a third more time for
+    a tenth of the activations. For the large crops of the high-resolution stage. Does not change results."""
+    compile: bool = False
+    """torch.compile the blocks of student and teacher: minutes at the start, fewer passes over the tokens then."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     crops: CropConfig = field(default_factory=CropConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -220,9 +292,12 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         _check(self, "iterations", 1)
+        _check(self, "accumulate", 1)
+        _check(self, "max_bad_steps", 0)
         _check(self, "checkpoint_every", 1)
         _check(self, "log_every", 1)
         _check(self, "num_workers", 0)
+        _check(self, "dry_run_steps", 1)
         if self.batch_size < 2:
             raise ValueError(
                 f"batch_size: found {self.batch_size}; expected 2 or more, since KoLeo spreads the slices of a batch "
@@ -231,9 +306,26 @@ class PretrainConfig:
 
 
 # Settings that may differ between a run and its resumption: they say where and how, not what is computed. The store and
-# the excluded subjects are compared by their content instead of by their paths.
+# the excluded subjects are compared by their content instead of by their paths, and of the division of the batch only
+# the global batch counts.
 RUNTIME_SETTINGS = frozenset(
-    {"store", "out", "exclude_subjects", "num_workers", "device", "checkpoint_every", "log_every"}
+    {
+        "store",
+        "out",
+        "exclude_subjects",
+        "crosswalk",
+        "num_workers",
+        "dry_run_steps",
+        "device",
+        "checkpoint_every",
+        "log_every",
+        "batch_size",
+        "accumulate",
+        "parallel",
+        "max_bad_steps",
+        "activation_checkpointing",
+        "compile",
+    }
 )
 
 
@@ -345,3 +437,19 @@ def _check_range(config: Any, name: str, low: float, high: float) -> None:
     first, last = getattr(config, name)
     if not low <= first <= last <= high:
         raise ValueError(f"{name}: found {first} to {last}; expected a rising range within [{low:g}, {high:g}]")
+
+
+def _named_weights(setting: str, items: tuple[str, ...]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for item in items:
+        name, _, text = item.rpartition("=")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = -1.0
+        if not name or not 0 <= weight < float("inf"):
+            raise ValueError(f"{setting}: found {item!r}; expected name=weight with a weight of 0 or more, as in ixi=2")
+        if name in weights:
+            raise ValueError(f"{setting}: {name!r} is given twice, {weights[name]:g} and {weight:g}; give it once")
+        weights[name] = weight
+    return weights

@@ -20,7 +20,8 @@ def record_exposure(
         encoder_dir: where the encoder will be saved.
         store: that the run reads.
         usable: indices of the slices that it draws from.
-        init_from: run whose teacher it starts from; what that one has seen, this one has.
+        init_from: run or encoder that it starts from; what that one has seen, this one has. Where nobody wrote that
+            down, as for public weights, the table says that it is unknown.
         resumed: whether there is a checkpoint to go on from.
     """
     path = encoder_dir / EXPOSURE_FILE
@@ -31,7 +32,7 @@ def record_exposure(
     if init_from is not None:
         before = exposure_of_encoder(init_from)
         if before is None:
-            unknown.append(f"the run starts from the teacher of {init_from.name}, which has no {EXPOSURE_FILE}")
+            unknown.append(f"the run starts from {init_from.name}, which has no {EXPOSURE_FILE}")
         else:
             scans += before.scans
             unknown += before.unknown

@@ -1,11 +1,13 @@
 """SIGTERM and SIGINT as a request to stop after the current step."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SECONDS_TOGETHER = 2.0
 
 
 class StopRequest:
@@ -20,11 +22,19 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Within the block the first SIGTERM or SIGINT is only noted; a second SIGINT interrupts at once."""
+    """Within the block the first SIGTERM or SIGINT is only noted; a second SIGINT interrupts at once.
+
+    Ctrl-C reaches the processes of torchrun twice, from the terminal and from torchrun: what comes within
+    SECONDS_TOGETHER of the first is the same request.
+    """
     request = StopRequest()
+    first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        if request and number == signal.SIGINT:
+        nonlocal first
+        if not request:
+            first = time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - first > SECONDS_TOGETHER:
             raise KeyboardInterrupt
         request.signal_name = signal.Signals(number).name
 

@@ -1,7 +1,9 @@
-"""The three losses of the pretraining objective and the centring of the teacher (paper sec. 4.2, Eq. 1-3).
+"""The losses of the pretraining objective and the centring of the teacher (paper sec. 4.2, Eq. 1-3).
 
-Free functions on tensors. All of them compute in float32 whatever the precision of their input. Throughout,
-B is the number of slices of the batch, K the number of prototypes, M the number of masked patches.
+Free functions on tensors. Training computes DINO, iBOT and Sinkhorn-Knopp with ``prototypes``, which never holds all
+logits; here they stand as the formulas say, and its tests and benchmark compare it with these. All of them compute in
+float32 whatever the precision of their input. Throughout, B is the number of slices of the batch, K the number of
+prototypes, M the number of masked patches.
 """
 
 from typing import NamedTuple
@@ -109,3 +111,14 @@ def koleo_loss(features: Tensor) -> Tensor:
             nearest = similarity.argmax(dim=1)
         squared = (x - x[nearest]).square().sum(dim=-1)
         return -0.5 * squared.clamp_min(DUPLICATE_DISTANCE**2).log().mean()
+
+
+def gram_loss(student: Tensor, anchor: Tensor) -> Tensor:
+    """Gram anchoring (DINOv3; off in the paper): mean squared difference of all patch similarities of a crop.
+
+    student and anchor (2B, N, D) patch tokens -> scalar, the mean over crops and pairs of patches of
+    (x_i . x_j - y_i . y_j)^2 with x and y L2-normalised, in float32.
+    """
+    with torch.autocast(device_type=student.device.type, enabled=False):
+        x, y = (F.normalize(part.float(), dim=-1, eps=1e-8) for part in (student, anchor))
+        return (x @ x.mT - y @ y.mT).square().mean()

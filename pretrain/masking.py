@@ -1,6 +1,7 @@
 """Block-wise masks for the iBOT objective (paper sec. 4.2: probability 0.5, ratio in [0.1, 0.5])."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,18 +17,28 @@ def batch_masks(
     probability: float = 0.5,
     ratios: tuple[float, float] = (0.1, 0.5),
     rng: np.random.Generator,
+    images: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Masks of all global crops of a batch: (num_images, grid rows * columns) bool, True = hidden from the student.
 
     Exactly int(num_images * probability) images are masked, whichever they are. Their mask sizes form a fixed ladder
     from the lower to the upper ratio, dealt out at random, so that the ratio is uniform over the batch and the number
     of masked patches is the same in every iteration (19,610 for 512 crops of 16 x 16 patches).
+
+    `images` asks for the rows of these images alone, as they stand in the masks of all: the share of one process. The
+    number of masked patches then varies a little.
     """
     height, width = grid
-    sizes = mask_sizes(num_images, height * width, probability=probability, ratios=ratios)
-    masks = np.zeros((num_images, height * width), dtype=bool)
-    for image, size in zip(rng.permutation(num_images)[: len(sizes)], sizes, strict=True):
-        masks[image] = block_mask(grid, size, rng=rng).ravel()
+    sizes = np.zeros(num_images, dtype=int)
+    ladder = mask_sizes(num_images, height * width, probability=probability, ratios=ratios)
+    sizes[rng.permutation(num_images)[: len(ladder)]] = ladder
+    # A generator for each image: a process draws the masks of its own images and of no others.
+    seed = int(rng.integers(2**63))
+    images = range(num_images) if images is None else images
+    masks = np.zeros((len(images), height * width), dtype=bool)
+    for row, image in enumerate(images):
+        if sizes[image]:
+            masks[row] = block_mask(grid, int(sizes[image]), rng=np.random.default_rng((seed, image))).ravel()
     return masks
 
 

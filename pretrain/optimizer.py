@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from braindino.vision_transformer import VisionTransformer
 
@@ -61,13 +62,35 @@ def set_rates(optimizer: torch.optim.Optimizer, *, lr: float, last_layer_lr: flo
 
 def clip_gradients(modules: Iterable[nn.Module], *, max_norm: float) -> list[Tensor]:
     """Scale each module's gradients to a norm of at most max_norm, separately; the norms before, on the device."""
-    return [nn.utils.clip_grad_norm_(module.parameters(), max_norm) for module in modules]
+    norms = [nn.utils.clip_grad_norm_(module.parameters(), max_norm) for module in modules]
+    return [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+
+
+def step_unless(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Take the optimiser's step, or leave parameters and moments alone where `skip` () is 1.0, without asking which.
+
+    The way in which torch.amp's gradient scaler tells a fused optimiser of overflows.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, skip  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, *, momentum: float) -> None:
-    """teacher = momentum * teacher + (1 - momentum) * student, for all parameters in one pass."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
+def update_teacher(teacher: nn.Module, student: nn.Module, *, momentum: float, skip: Tensor | None = None) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student, for all parameters in one pass.
+
+    Where `skip` () is 1.0 the teacher stays as it is; decided on the device.
+    """
+    averaged, current = ([_local(p) for p in module.parameters()] for module in (teacher, student))
+    if skip is None:
+        torch._foreach_lerp_(averaged, current, 1.0 - momentum)
+    else:
+        torch._foreach_lerp_(averaged, current, [(1.0 - momentum) * (1.0 - skip)] * len(averaged))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """The part of a sharded parameter that this process has; student and teacher are sharded alike."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _layer(name: str, depth: int) -> int:

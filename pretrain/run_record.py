@@ -5,12 +5,19 @@ from typing import Any
 
 from braindino.atomic import write_json, write_text
 from braindino.pretrain.config import PretrainConfig, changed_settings, config_to_dict, dump_config, read_config_file
-from braindino.pretrain.data import Exclusion
-from braindino.provenance import versions
+from braindino.pretrain.distributed import Division
+from braindino.pretrain.exclusion import Exclusion
+from braindino.provenance import code_commit, versions
 
 
 def record_run(
-    config: PretrainConfig, *, recipe: str, store_fingerprint: str, num_slices: int, exclusion: Exclusion | None
+    config: PretrainConfig,
+    *,
+    recipe: str,
+    store_fingerprint: str,
+    num_slices: int,
+    exclusion: Exclusion | None,
+    division: Division,
 ) -> None:
     """Write the record of a new run, or make sure that an old one is being continued with what it was started with.
 
@@ -22,10 +29,13 @@ def record_run(
         "recipe": recipe,
         "store_fingerprint": store_fingerprint,
         "num_slices": num_slices,
+        "global_batch": division.global_batch,
         "excluded_subjects": {
             "sha256": exclusion.sha256 if exclusion else None,
             "subjects": sorted(exclusion.subjects) if exclusion else [],
+            "joined": exclusion.joined if exclusion else {},
         },
+        "commit": code_commit(),
         "versions": versions(),
     }
     if config_path.exists() and record_path.exists():
@@ -46,6 +56,10 @@ def _changed_data(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if old["store_fingerprint"] != new["store_fingerprint"]:
         changes.append(
             f"slices of the store: fingerprint {old['store_fingerprint'][:12]} -> {new['store_fingerprint'][:12]}"
+        )
+    if old.get("global_batch") != new["global_batch"]:
+        changes.append(
+            f"global batch (processes x accumulate x batch_size): {old.get('global_batch')} -> {new['global_batch']}"
         )
     before, after = old["excluded_subjects"], new["excluded_subjects"]
     if before["subjects"] != after["subjects"]:

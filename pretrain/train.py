@@ -3,7 +3,8 @@
     python pretrain/train.py RECIPE --store DIR --out RUN
 
 Recipes are the starting points (stage1, stage2, debug, demo); every setting is a flag, and `--config FILE` lays the
-settings of a YAML file over the recipe. Starting again with the same --out resumes. RUN then holds config.yaml,
+settings of a YAML file over the recipe. `--dry-run` measures a few steps and says what the run will cost, without
+touching RUN. Starting again with the same --out resumes. RUN then holds config.yaml,
 run.json, metrics.jsonl, progress.png, checkpoints/ and encoder/ (the teacher, for `braindino.load_encoder`, and
 pretrained_on.tsv, the scans that it has seen).
 """
@@ -12,58 +13,93 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
 
+from braindino.leakage import Crosswalk
 from braindino.lock import lock_folder
 from braindino.metrics_log import append_metrics, drop_metrics_after, read_metrics
-from braindino.pretrain.checkpoint import Checkpoint, checkpoint_folders, load_newest_checkpoint, save_checkpoint
-from braindino.pretrain.config import PATCH_SIZE, PretrainConfig, config_to_dict, overlay, read_config_file
-from braindino.pretrain.data import (
-    BatchReader,
-    SliceSampler,
-    build_loader,
-    crop_pair_of_each_iteration,
-    read_exclusion,
-    usable_slices,
+from braindino.pretrain.checkpoint import Checkpoint, checkpoint_folder, load_newest_checkpoint, save_checkpoint
+from braindino.pretrain.config import (
+    PATCH_SIZE,
+    PretrainConfig,
+    SamplingConfig,
+    config_to_dict,
+    overlay,
+    read_config_file,
 )
+from braindino.pretrain.data import Batch, BatchReader, build_loader, split_batch
 from braindino.pretrain.demo_data import make_demo_store
 from braindino.pretrain.distillation import (
-    Network,
     build_student,
     build_teacher,
     collapse_indicators,
-    distillation_objective,
     expected_initial_loss,
 )
+from braindino.pretrain.distributed import (
+    Division,
+    MainProcessError,
+    Processes,
+    agree,
+    all_reduce,
+    join_processes,
+    main_process_first,
+    say,
+    share_of,
+)
+from braindino.pretrain.estimate import Stopwatch, estimate
+from braindino.pretrain.exclusion import read_exclusion
 from braindino.pretrain.exposure import record_exposure
+from braindino.pretrain.guards import StepGuard, suspects
+from braindino.pretrain.initialization import resolve_layer_norm_eps, start_from
 from braindino.pretrain.interruption import stop_on_signal
-from braindino.pretrain.optimizer import build_adamw, clip_gradients, parameter_groups, set_rates, update_teacher
+from braindino.pretrain.optimizer import (
+    build_adamw,
+    clip_gradients,
+    parameter_groups,
+    set_rates,
+    step_unless,
+    update_teacher,
+)
+from braindino.pretrain.parallel import Distillation, Mode, choose_mode, load_optimizer_state, whole_state
 from braindino.pretrain.progress import draw_progress
 from braindino.pretrain.randomness import torch_generator
 from braindino.pretrain.recipes import RECIPES
 from braindino.pretrain.run_record import record_run
+from braindino.pretrain.sampling import (
+    SliceSampler,
+    crop_pair_of_each_iteration,
+    expected_shares,
+    scan_weights,
+    share_lines,
+)
 from braindino.pretrain.schedules import build_schedules, effective_lr
 from braindino.pretrain.views import build_views
 from braindino.progress import track
 from braindino.slice_store import SliceStore
-from braindino.weights import save_encoder
+from braindino.vision_transformer import VisionTransformer
+from braindino.weights import load_encoder, save_encoder
 
 LOGGED_TERMS = ("loss", "dino", "dino_global", "dino_local", "ibot", "koleo")
-MAX_SCANS_NAMED = 20
+NOT_FINITE = "loss or gradient is not finite"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one pretraining command; the exit code (0 done or stopped on request, 1 error, 2 usage)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        recipe, config = parse_arguments(arguments)
-        if config.store is None:
-            config = dataclasses.replace(config, store=make_demo_store(config.out.parent / "demo-data"))
-        pretrain(config, recipe=recipe)
+        recipe, config = parse_arguments([argument for argument in arguments if argument != "--dry-run"])
+        if "--dry-run" in arguments:
+            estimate(config, recipe=recipe, run=partial(pretrain, recipe=recipe))
+        else:
+            pretrain(config, recipe=recipe)
+    except MainProcessError:
+        return 1
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -85,41 +121,86 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, PretrainConfig]:
     return next(argument for argument in rest if argument in recipes), config
 
 
-def pretrain(config: PretrainConfig, *, recipe: str) -> None:
-    """Run or resume one pretraining run.
+def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, recipe: str) -> None:
+    """Run or resume one pretraining run, in this process or together with the others that torchrun has started.
+
+    With a stopwatch, only the steps that it measures, and without saving.
 
     Raises:
         ValueError: data or settings do not fit; OSError: a file cannot be read or written.
-        FloatingPointError: the loss or a gradient became infinite or NaN; names the iteration and its scans.
+        FloatingPointError: loss or gradients were infinite or NaN too often in a row; names iterations and scans.
+        MainProcessError: in all processes but the main one, which raises one of the above.
     """
-    assert config.store is not None
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if config.device == "cuda" and device.type != "cuda":
-        raise ValueError("--device cuda: no CUDA device is available to torch here; use --device cpu or auto")
+    with ExitStack() as stack:
+        processes = stack.enter_context(join_processes(config.device))
+        stop = stack.enter_context(stop_on_signal())
+        device = processes.device
+        division = Division(processes.size, config.accumulate, config.batch_size)
 
-    with lock_folder(config.out), stop_on_signal() as stop:
         # ---- build: data
-        store = SliceStore(config.store)
-        exclusion = read_exclusion(config.exclude_subjects, store.scans) if config.exclude_subjects else None
-        usable = usable_slices(store, exclusion.subjects if exclusion else frozenset())
-        sampler = SliceSampler(store.scan_index, batch_size=config.batch_size, seed=config.seed, usable=usable)
-        pairs = crop_pair_of_each_iteration(config.iterations, config.crops.pair_ratios, seed=config.seed)
-        sizes = [config.crops.sizes(pair) for pair in range(len(config.crops.pair_ratios))]
-        reader = BatchReader(
-            store,
-            sampler,
-            grids=[(global_size // PATCH_SIZE,) * 2 for global_size, _ in sizes],
-            pairs=pairs,
-            mask_probability=config.masks.probability,
-            mask_ratios=config.masks.ratios,
-        )
-        record_run(
-            config, recipe=recipe, store_fingerprint=store.fingerprint, num_slices=len(usable), exclusion=exclusion
-        )
+        with main_process_first(processes):
+            if processes.is_main:
+                stack.enter_context(lock_folder(config.out))
+            if config.store is None:
+                config = dataclasses.replace(config, store=make_demo_store(config.out.parent / "demo-data"))
+            eps = resolve_layer_norm_eps(
+                config.model.layer_norm_eps, source=config.init_from, config_path=config.out / "config.yaml"
+            )
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, layer_norm_eps=eps))
+            assert config.store is not None
+            store = SliceStore(config.store)
+            exclusion = None
+            if config.exclude_subjects is not None:
+                exclusion = read_exclusion(config.exclude_subjects, store.scans, crosswalk=Crosswalk(config.crosswalk))
+            weights = scan_weights(
+                store.scans,
+                by_cohort=config.sampling.by_cohort,
+                by_sequence=config.sampling.by_sequence,
+                excluded=exclusion.subjects if exclusion else frozenset(),
+            )
+            sampler = SliceSampler(
+                store.scan_index, batch_size=division.global_batch, seed=config.seed, scan_weights=weights
+            )
+            pairs = crop_pair_of_each_iteration(config.iterations, config.crops.pair_ratios, seed=config.seed)
+            sizes = [config.crops.sizes(pair) for pair in range(len(config.crops.pair_ratios))]
+            reader = BatchReader(
+                store,
+                sampler,
+                grids=[(global_size // PATCH_SIZE,) * 2 for global_size, _ in sizes],
+                pairs=pairs,
+                mask_probability=config.masks.probability,
+                mask_ratios=config.masks.ratios,
+                part=share_of(processes, division.global_batch),
+            )
+            if processes.is_main:
+                record_run(
+                    config,
+                    recipe=recipe,
+                    store_fingerprint=store.fingerprint,
+                    num_slices=len(sampler.indices),
+                    exclusion=exclusion,
+                    division=division,
+                )
+            checkpoint = load_newest_checkpoint(config.out)
+            start = checkpoint.iteration if checkpoint is not None else 0
+        same_start(processes, start, config.out)
 
         # ---- build: student, teacher, optimiser, schedules
         student = build_student(**dataclasses.asdict(config.model), seed=config.seed).to(device)
-        teacher = build_teacher(student)
+        teacher = build_teacher(student, centering=config.loss.centering)
+        if checkpoint is not None:
+            student.load_state_dict(checkpoint.state["student"])
+            teacher.load_state_dict(checkpoint.state["teacher"])
+        elif config.init_from is not None:
+            with main_process_first(processes):
+                for line in start_from(student, teacher, config.init_from):
+                    say(processes, line)
+        student.encoder.checkpointing = config.activation_checkpointing
+        if config.compile:
+            for network in (student, teacher):
+                network.encoder.compile_blocks()
+        mode = choose_mode(config.parallel, processes, embed_dim=student.encoder.embed_dim)
+        distillation = Distillation(student, teacher, mode=mode, processes=processes)
         modules = {"encoder": student.encoder, "dino_head": student.dino_head, "ibot_head": student.ibot_head}
         optimizer = build_adamw(
             parameter_groups(
@@ -130,7 +211,16 @@ def pretrain(config: PretrainConfig, *, recipe: str) -> None:
             ),
             betas=config.optimizer.betas,
         )
-        peak_lr = effective_lr(config.optimizer.base_lr, config.batch_size, scaling=config.optimizer.lr_scaling)
+        gram_teacher = None
+        logged_terms: tuple[str, ...] = LOGGED_TERMS
+        if config.loss.gram_teacher is not None:
+            gram_teacher = load_encoder(config.loss.gram_teacher).to(device)
+            logged_terms = (*LOGGED_TERMS, "gram")
+        guard = StepGuard(config.max_bad_steps, device)
+        if checkpoint is not None:
+            load_optimizer_state(optimizer, checkpoint.state["optimizer"])
+            guard.load_state_dict(checkpoint.state["guard"])
+        peak_lr = effective_lr(config.optimizer.base_lr, division.global_batch, scaling=config.optimizer.lr_scaling)
         schedules = build_schedules(
             config.iterations,
             peak_lr=peak_lr,
@@ -142,30 +232,42 @@ def pretrain(config: PretrainConfig, *, recipe: str) -> None:
             teacher_temperature=config.loss.teacher_temperature,
             teacher_temperature_iterations=config.loss.teacher_temperature_iterations,
         )
-
-        # ---- build: where to start
-        checkpoint = load_newest_checkpoint(config.out)
-        start = 0
-        if checkpoint is not None:
-            start = checkpoint.iteration
-            student.load_state_dict(checkpoint.state["student"])
-            teacher.load_state_dict(checkpoint.state["teacher"])
-            optimizer.load_state_dict(checkpoint.state["optimizer"])
-        elif config.init_from is not None:
-            start_from_teacher(student, teacher, config.init_from)
-        record_exposure(
-            config.out / "encoder", store, usable, init_from=config.init_from, resumed=checkpoint is not None
-        )
         metrics_path = config.out / "metrics.jsonl"
-        drop_metrics_after(metrics_path, start)
-        describe(
+        if processes.is_main:
+            record_exposure(
+                config.out / "encoder",
+                store,
+                sampler.indices,
+                init_from=config.init_from,
+                resumed=checkpoint is not None,
+            )
+            drop_metrics_after(metrics_path, start)
+            describe(
+                config,
+                recipe=recipe,
+                device=device,
+                store=store,
+                num_slices=len(sampler.indices),
+                peak_lr=peak_lr,
+                checkpoint=checkpoint,
+                division=division,
+                mode=mode,
+            )
+            for line in exclusion.lines() if exclusion else []:
+                print(line, flush=True)
+            if config.sampling != SamplingConfig():
+                shares = expected_shares(store.scans, store.scan_index, weights)
+                print(*share_lines(shares, draws=config.iterations * division.global_batch), sep="\n", flush=True)
+        save = partial(
+            save_run,
             config,
             recipe=recipe,
-            device=device,
+            processes=processes,
+            division=division,
+            distillation=distillation,
+            optimizer=optimizer,
+            guard=guard,
             store=store,
-            num_slices=len(usable),
-            peak_lr=peak_lr,
-            checkpoint=checkpoint,
         )
 
         # ---- loop
@@ -176,145 +278,159 @@ def pretrain(config: PretrainConfig, *, recipe: str) -> None:
             pin_memory=device.type == "cuda",
         )
         student.train()
-        first_bad = torch.full((), -1, device=device)
         last_logged, last_time = start, time.perf_counter()
-        batches = track(loader, total=config.iterations - start, desc="pretrain")
+        batches: Iterator[Batch] = iter(loader)
+        if stopwatch is not None:
+            batches = stopwatch.watch(batches, device)
+        elif processes.is_main:
+            batches = track(batches, total=config.iterations - start, desc="pretrain")
         for iteration, batch in enumerate(batches, start=start):
             done = iteration + 1
-            views = build_views(
-                batch.slices,
-                batch.masks,
-                sizes=sizes[pairs[iteration]],
-                num_local=config.crops.num_local,
-                global_scale=config.crops.global_scale,
-                local_scale=config.crops.local_scale,
-                aspect=config.crops.aspect,
-                canvas_size=config.crops.canvas_size,
-                flip_probability=config.crops.flip_probability,
-                blur_probabilities=config.crops.blur_probabilities,
-                blur_sigma=config.crops.blur_sigma,
-                generator=torch_generator(config.seed, iteration, "crops"),
-                device=device,
-            )
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-                objective = distillation_objective(
-                    student,
-                    teacher,
-                    views,
-                    teacher_temperature=float(schedules.teacher_temperature[iteration]),
-                    student_temperature=config.loss.student_temperature,
-                    sinkhorn_iterations=config.loss.sinkhorn_iterations,
-                    ibot_weight=config.loss.ibot_weight,
-                    koleo_weight=config.loss.koleo_weight,
-                    generator=torch_generator(config.seed, iteration, "drop path"),
+            parts = division.parts(processes.rank)
+            micro_batches = [
+                build_views(
+                    micro_batch.slices,
+                    micro_batch.masks,
+                    sizes=sizes[pairs[iteration]],
+                    num_local=config.crops.num_local,
+                    global_scale=config.crops.global_scale,
+                    local_scale=config.crops.local_scale,
+                    aspect=config.crops.aspect,
+                    canvas_size=config.crops.canvas_size,
+                    flip_probability=config.crops.flip_probability,
+                    blur_probabilities=config.crops.blur_probabilities,
+                    blur_sigma=config.crops.blur_sigma,
+                    generator=torch_generator(config.seed, iteration, "crops"),
+                    device=device,
+                    part=part,
+                    global_batch=division.global_batch,
                 )
+                for part, micro_batch in zip(parts, split_batch(batch, config.accumulate), strict=True)
+            ]
             optimizer.zero_grad()
-            objective.loss.backward()
+            objectives = []
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                targets = distillation.targets(
+                    micro_batches,
+                    temperature=float(schedules.teacher_temperature[iteration]),
+                    sinkhorn_iterations=config.loss.sinkhorn_iterations,
+                    centre_momentum=config.loss.centre_momentum,
+                    gram_teacher=gram_teacher,
+                )
+            for part, views, target in zip(parts, micro_batches, targets, strict=True):
+                with distillation.accumulating(last=part is parts[-1]):
+                    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                        objective = distillation.objective(
+                            views,
+                            target,
+                            student_temperature=config.loss.student_temperature,
+                            ibot_weight=config.loss.ibot_weight,
+                            koleo_weight=config.loss.koleo_weight,
+                            gram_weight=config.loss.gram_weight,
+                            generator=torch_generator(config.seed, iteration, f"drop path from slice {part.start}"),
+                        )
+                    (objective.loss / config.accumulate).backward()
+                objectives.append(torch.stack([getattr(objective, name).detach().float() for name in logged_terms]))
+            terms = torch.stack(objectives).mean(dim=0)
             norms = torch.stack(clip_gradients(modules.values(), max_norm=config.optimizer.clip_norm))
-            # Looked at when something is logged or saved: asking the device at every step would make it wait.
-            bad = ~(torch.isfinite(objective.loss) & torch.isfinite(norms).all())
-            first_bad = torch.where((first_bad < 0) & bad, iteration, first_bad)
+            skip = guard.check(iteration, terms, norms)
             set_rates(
                 optimizer,
                 lr=float(schedules.lr[iteration]),
                 last_layer_lr=float(schedules.last_layer_lr[iteration]),
                 weight_decay=float(schedules.weight_decay[iteration]),
             )
-            optimizer.step()
-            update_teacher(teacher, student, momentum=float(schedules.momentum[iteration]))
+            step_unless(optimizer, skip)
+            update_teacher(teacher, student, momentum=float(schedules.momentum[iteration]), skip=skip)
+
+            # ---- look: here, and only here, the host waits for the device and the processes for each other
+            is_last = done == config.iterations
+            save_now = stopwatch is None and (done % config.checkpoint_every == 0 or is_last)
+            if not (done % config.log_every == 0 or done == 1 or save_now or (stop and processes.size == 1)):
+                continue
+            stopping = bool(agree([bool(stop)], device)[0])
+            save_now = save_now or stopping
+            findings = guard.look()
+            if processes.is_main:
+                for bad in findings.skipped:
+                    print(f"iteration {bad + 1} skipped: {NOT_FINITE}; {suspects(reader, bad)}", flush=True)
+            if findings.stop_at is not None:
+                save(iteration=findings.stop_at)
+                if not processes.is_main:
+                    raise MainProcessError
+                raise FloatingPointError(
+                    f"from iteration {findings.stop_at + 1} on {NOT_FINITE}, more than {config.max_bad_steps} times in "
+                    f"a row. Of the first, {suspects(reader, findings.stop_at)}. The state before it is saved in "
+                    f"{checkpoint_folder(config.out, findings.stop_at)}. Look at these scans, or start anew with a "
+                    "lower learning rate"
+                )
 
             # ---- log
-            is_last = done == config.iterations
-            save_now = done % config.checkpoint_every == 0 or is_last or bool(stop)
-            if done % config.log_every == 0 or done == 1 or save_now:
-                scalars = {
-                    **{name: getattr(objective, name) for name in LOGGED_TERMS},
-                    **{f"grad_norm_{name}": norm for name, norm in zip(modules, norms, strict=True)},
-                    **collapse_indicators(objective),
-                }
-                values = torch.stack([first_bad.float(), *(scalar.detach().float() for scalar in scalars.values())])
-                _, *numbers = values.tolist()
-                if (bad_iteration := int(first_bad)) >= 0:
-                    raise FloatingPointError(non_finite_message(config.out, bad_iteration, reader))
-                now = time.perf_counter()
-                rate = (done - last_logged) / (now - last_time)
-                last_logged, last_time = done, now
-                row = {
-                    "iteration": done,
-                    **dict(zip(scalars, numbers, strict=True)),
-                    "lr": float(schedules.lr[iteration]),
-                    "last_layer_lr": float(schedules.last_layer_lr[iteration]),
-                    "weight_decay": float(schedules.weight_decay[iteration]),
-                    "momentum": float(schedules.momentum[iteration]),
-                    "teacher_temperature": float(schedules.teacher_temperature[iteration]),
-                    "crop_sizes": list(sizes[pairs[iteration]]),
-                    "slices_per_second": round(rate * config.batch_size, 2),
-                    "eta_seconds": round((config.iterations - done) / rate, 1),
-                }
-                if done == 1:
-                    row["expected_initial_loss"] = expected_initial_loss(
-                        config.model.num_prototypes,
-                        masked_fraction=int(2 * config.batch_size * config.masks.probability) / (2 * config.batch_size),
-                        ibot_weight=config.loss.ibot_weight,
-                        koleo_weight=config.loss.koleo_weight,
-                        koleo=row["koleo"],
-                    )
-                    print(
-                        f"initial loss {row['loss']:.3f}; expected {row['expected_initial_loss']:.3f} "
-                        f"(ln K terms + {config.loss.koleo_weight:g} x KoLeo {row['koleo']:.3f})",
-                        flush=True,
-                    )
+            indicators = collapse_indicators(objective)
+            shared = all_reduce(
+                torch.cat([terms, torch.stack([value.float() for value in indicators.values()])]), "mean"
+            )
+            now = time.perf_counter()
+            rate = (done - last_logged) / (now - last_time)
+            last_logged, last_time = done, now
+            row = {
+                "iteration": done,
+                **dict(zip([*logged_terms, *indicators], shared.tolist(), strict=True)),
+                **dict(zip([f"grad_norm_{name}" for name in modules], norms.tolist(), strict=True)),
+                "lr": float(schedules.lr[iteration]),
+                "last_layer_lr": float(schedules.last_layer_lr[iteration]),
+                "weight_decay": float(schedules.weight_decay[iteration]),
+                "momentum": float(schedules.momentum[iteration]),
+                "teacher_temperature": float(schedules.teacher_temperature[iteration]),
+                "crop_sizes": list(sizes[pairs[iteration]]),
+                "skipped_steps": findings.total,
+                "slices_per_second": round(rate * division.global_batch, 2),
+                "eta_seconds": round((config.iterations - done) / rate, 1),
+            }
+            if done == 1 and not findings.last_is_bad:
+                num_images = 2 * division.global_batch
+                row["expected_initial_loss"] = expected_initial_loss(
+                    config.model.num_prototypes,
+                    masked_fraction=int(num_images * config.masks.probability) / num_images,
+                    ibot_weight=config.loss.ibot_weight,
+                    koleo_weight=config.loss.koleo_weight,
+                    koleo=row["koleo"],
+                )
+                say(
+                    processes,
+                    f"initial loss {row['loss']:.3f}; expected {row['expected_initial_loss']:.3f} "
+                    f"(ln K terms + {config.loss.koleo_weight:g} x KoLeo {row['koleo']:.3f})",
+                )
+            # The terms of a skipped step are no numbers, and were said above.
+            if processes.is_main and not findings.last_is_bad:
                 append_metrics(metrics_path, row)
 
             # ---- save
             if save_now:
-                save(
-                    config,
-                    recipe=recipe,
-                    iteration=done,
-                    student=student,
-                    teacher=teacher,
-                    optimizer=optimizer,
-                    store=store,
+                save(iteration=done)
+                losses = (
+                    f"loss {row['loss']:.3f} (DINO {row['dino']:.3f}, iBOT {row['ibot']:.3f}, KoLeo {row['koleo']:.3f})"
                 )
-                print(
-                    f"iteration {done}: loss {row['loss']:.3f} (DINO {row['dino']:.3f}, iBOT {row['ibot']:.3f}, "
-                    f"KoLeo {row['koleo']:.3f}), {row['slices_per_second']:g} slices/s, saved",
-                    flush=True,
+                say(
+                    processes,
+                    f"iteration {done}: {'step skipped' if findings.last_is_bad else losses}, "
+                    f"{row['slices_per_second']:g} slices/s, saved",
                 )
                 last_time = time.perf_counter()
-            if stop:
-                print(f"stopped by {stop.signal_name} after iteration {done}; the same command resumes", flush=True)
+            if stopping:
+                name = stop.signal_name or "a signal to another process"
+                say(processes, f"stopped by {name} after iteration {done}; the same command resumes")
                 return
+        if stopwatch is not None:
+            return
         if start == config.iterations:
-            save_teacher_encoder(config, recipe, start, teacher, store)
-            print(f"{config.out} is finished: all {start} iterations are done", flush=True)
-        print(f"encoder: braindino.load_encoder({str(config.out / 'encoder')!r})", flush=True)
-
-
-def start_from_teacher(student: Network, teacher: Network, run_dir: Path) -> None:
-    """Load the teacher of another run (encoder and both heads) into student and teacher.
-
-    Raises:
-        ValueError: that run has no sound checkpoint, or another architecture; names what differs.
-    """
-    checkpoint = load_newest_checkpoint(run_dir)
-    if checkpoint is None:
-        raise ValueError(f"--init-from {run_dir}: no checkpoint there; give the folder of a pretraining run")
-    weights = checkpoint.state["teacher"]
-    expected = {name: tensor.shape for name, tensor in student.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"--init-from {checkpoint.path}: {len(differing)} parameters do not fit, first {name}: found "
-            f"{tuple(found.get(name, ())) or 'none'}, expected {tuple(expected.get(name, ())) or 'none'}; "
-            "use the same model settings as that run"
-        )
-    student.load_state_dict(weights)
-    teacher.load_state_dict(weights)
-    print(f"starting from the teacher of {checkpoint.path}", flush=True)
+            state = whole_state(teacher.state_dict(), keep=processes.is_main)
+            if processes.is_main:
+                save_teacher_encoder(
+                    config, recipe=recipe, iteration=start, encoder=teacher.encoder, teacher_state=state, store=store
+                )
+            say(processes, f"{config.out} is finished: all {start} iterations are done")
+        say(processes, f"encoder: braindino.load_encoder({str(config.out / 'encoder')!r})")
 
 
 def describe(
@@ -326,43 +442,63 @@ def describe(
     num_slices: int,
     peak_lr: float,
     checkpoint: Checkpoint | None,
+    division: Division,
+    mode: Mode,
 ) -> None:
     """Say what is about to run."""
     kept_out = f" ({len(store) - num_slices} of excluded subjects left out)" if num_slices < len(store) else ""
     print(
         f"recipe {recipe}: {config.model.architecture}, K = {config.model.num_prototypes}, "
-        f"{config.iterations} iterations of {config.batch_size} slices on {device.type}\n"
+        f"{config.iterations} iterations of {division} on {device.type}{f', {mode}' if mode != 'alone' else ''}\n"
         f"slices: {num_slices} of {len(store.scans)} scans in {config.store}{kept_out}\n"
         f"peak learning rate {peak_lr:.3g} (base {config.optimizer.base_lr:g}, rule {config.optimizer.lr_scaling}, "
-        f"batch {config.batch_size})",
+        f"global batch {division.global_batch})",
         flush=True,
     )
     if checkpoint is not None:
         print(f"resuming from {checkpoint.path}", flush=True)
+        before = Division(**checkpoint.state["division"])
+        if before != division:
+            print(f"it was made with {before}: {division.difference(before)}", flush=True)
 
 
-def save(
+def save_run(
     config: PretrainConfig,
     *,
     recipe: str,
+    processes: Processes,
+    division: Division,
     iteration: int,
-    student: Network,
-    teacher: Network,
+    distillation: Distillation,
     optimizer: torch.optim.Optimizer,
+    guard: StepGuard,
     store: SliceStore,
 ) -> None:
-    """Write the checkpoint, the teacher's encoder and the picture of the run's progress."""
+    """Write the checkpoint, the teacher's encoder and the picture of the run's progress; all processes call it."""
+    state = whole_state(
+        {
+            "student": distillation.student.state_dict(),
+            "teacher": distillation.teacher.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        },
+        keep=processes.is_main,
+    )
+    if not processes.is_main:
+        return
     save_checkpoint(
         config.out,
         iteration=iteration,
         config=config_to_dict(config),
-        state={
-            "student": student.state_dict(),
-            "teacher": teacher.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        },
+        state={**state, "guard": guard.state_dict(), "division": division._asdict()},
     )
-    save_teacher_encoder(config, recipe, iteration, teacher, store)
+    save_teacher_encoder(
+        config,
+        recipe=recipe,
+        iteration=iteration,
+        encoder=distillation.teacher.encoder,
+        teacher_state=state["teacher"],
+        store=store,
+    )
     draw_progress(
         read_metrics(config.out / "metrics.jsonl"),
         config.out / "progress.png",
@@ -372,28 +508,42 @@ def save(
 
 
 def save_teacher_encoder(
-    config: PretrainConfig, recipe: str, iteration: int, teacher: Network, store: SliceStore
+    config: PretrainConfig,
+    *,
+    recipe: str,
+    iteration: int,
+    encoder: VisionTransformer,
+    teacher_state: dict[str, torch.Tensor],
+    store: SliceStore,
 ) -> None:
-    """Write the teacher's encoder to RUN/encoder."""
+    """Write the teacher's encoder to RUN/encoder; its parameters may be shards, those of `teacher_state` are whole."""
+    with torch.device("meta"):
+        whole = VisionTransformer(**encoder.architecture)
+    prefix = "encoder."
+    whole.load_state_dict(
+        {name.removeprefix(prefix): value for name, value in teacher_state.items() if name.startswith(prefix)},
+        assign=True,
+    )
     save_encoder(
-        teacher.encoder,
+        whole,
         config.out / "encoder",
         data_fingerprint=store.fingerprint,
         notes=f"teacher after {iteration} iterations of pretraining recipe {recipe}",
     )
 
 
-def non_finite_message(run_dir: Path, iteration: int, reader: BatchReader) -> str:
-    """What to tell when the loss or a gradient of an iteration (counted from 0) is infinite or NaN."""
-    paths = list(dict.fromkeys(scan.path for scan in reader.scans_of(iteration)))
-    named = ", ".join(paths[:MAX_SCANS_NAMED]) + (
-        f" and {len(paths) - MAX_SCANS_NAMED} more" if len(paths) > MAX_SCANS_NAMED else ""
-    )
-    saved = checkpoint_folders(run_dir)
-    return (
-        f"iteration {iteration + 1}: loss or gradient is not finite. Scans of its batch: {named}. Newest checkpoint, "
-        f"from before it: {saved[0] if saved else 'none'}. Look at these scans, or lower the learning rate"
-    )
+def same_start(processes: Processes, start: int, run_dir: Path) -> None:
+    """Make sure that all processes go on from the same checkpoint.
+
+    Raises:
+        ValueError: they do not, as when the folder of the run is not the same on every node.
+    """
+    first, last = (int(agree([start], processes.device, kind)[0]) for kind in ("min", "max"))
+    if first != last:
+        raise ValueError(
+            f"{run_dir}: the processes find different checkpoints there, after {first} to {last} iterations; give a "
+            "folder on a file system that all nodes share"
+        )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from braindino.pretrain.augment import draw_crops, render_crops
+from braindino.pretrain.augment import CropParameters, draw_crops, render_crops
 
 
 class Views(NamedTuple):
@@ -18,7 +18,8 @@ class Views(NamedTuple):
     masks: Tensor
     """(2B, N) bool, True = hidden from the student."""
     masked: Tensor
-    """(M,) positions of the masked patches in the flattened (2B * N) patches."""
+    """(M,) positions of the masked patches in the flattened (2B * N) patches, ascending, on the CPU: what is computed
+    depends on them."""
     mask_weights: Tensor
     """(M,) 1 / (masked patches of the same crop)."""
 
@@ -38,13 +39,19 @@ def build_views(
     blur_sigma: tuple[float, float],
     generator: torch.Generator,
     device: torch.device,
+    part: slice | None = None,
+    global_batch: int | None = None,
 ) -> Views:
-    """Crop slices (B, 256, 256) into 2 global and num_local local views of the given sizes (global, local; px)."""
+    """Crop slices (B, 256, 256) into 2 global and num_local local views of the given sizes (global, local; px).
+
+    `part` says which of the `global_batch` slices of the iteration these are: crops are drawn for all of them, so that
+    a slice is cropped alike whoever does it. By default the B slices are all there are.
+    """
     slices = slices.to(device, non_blocking=True).float()
 
     def crop(size: int, scale: tuple[float, float], blur_probability: float) -> Tensor:
         crops = draw_crops(
-            len(slices),
+            global_batch or len(slices),
             canvas_size=canvas_size,
             scale=scale,
             aspect=aspect,
@@ -53,6 +60,8 @@ def build_views(
             blur_sigma=blur_sigma,
             generator=generator,
         )
+        if part is not None:
+            crops = CropParameters(*(values[part] for values in crops))
         return render_crops(slices, crops, size=size, canvas_size=canvas_size)
 
     global_size, local_size = sizes
@@ -66,6 +75,6 @@ def build_views(
         global_crops=torch.cat(views),
         local_crops=torch.cat(local_views) if local_views else None,
         masks=masks.to(device, non_blocking=True),
-        masked=masked.to(device, non_blocking=True),
+        masked=masked,
         mask_weights=(1.0 / counts.repeat_interleave(counts)).to(device, non_blocking=True),
     )

@@ -6,6 +6,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from braindino.pretrain.augment import CropParameters, draw_crops, render_crops
+from braindino.pretrain.views import Views, build_views
 
 
 def asymmetric_slices(count: int) -> torch.Tensor:
@@ -63,17 +64,18 @@ def test_a_flip_mirrors_columns_only() -> None:
     torch.testing.assert_close(render_crops(slices, flipped, size=256, canvas_size=256)[:, 0], slices.flip(2))
 
 
-def test_cropping_on_a_1024_canvas_shows_the_field_of_view_of_the_upsampled_slice() -> None:
-    # A smooth slice: interpolating twice (torchvision, from 1024) and once (ours) must agree.
-    rows, columns = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
-    smooth = torch.sin(rows / 23) + torch.cos(columns / 31)
-    canvas = tv.resize(smooth[None, None], [1024, 1024], InterpolationMode.BICUBIC, antialias=True)[0, 0]
-    crops = draw(6, canvas=1024, blur=0.0)
-    views = render_crops(smooth.expand(6, -1, -1), crops, size=160, canvas_size=1024)
-    for n in range(6):
-        # Two pixels of the margin are left out: there the box cuts off what the kernel reads.
-        difference = (views[n] - torchvision_crop(canvas, crops, n, 160)).abs()[0, 2:-2, 2:-2]
-        assert difference.max() < 0.01
+@pytest.mark.parametrize(
+    ("size", "scale"), [(768, (0.32, 1.0)), (512, (0.32, 1.0)), (336, (0.05, 0.32)), (112, (0.05, 0.32))]
+)
+def test_cropping_once_from_256_px_equals_interpolating_to_1024_cropping_and_resizing(size: int, scale) -> None:
+    # Every pixel, with texture up to the highest frequency: the two resamplings are composed, not approximated.
+    slices = asymmetric_slices(4)
+    canvases = tv.resize(slices[:, None], [1024, 1024], InterpolationMode.BICUBIC, antialias=True)[:, 0]
+    crops = draw(4, canvas=1024, scale=scale, seed=6)
+    assert 0 < crops.flip.sum() < 4 and (crops.sigma > 0).any()
+    views = render_crops(slices, crops, size=size, canvas_size=1024)
+    for n in range(4):
+        torch.testing.assert_close(views[n], torchvision_crop(canvases[n], crops, n, size), rtol=0, atol=2e-4)
 
 
 def test_boxes_are_distributed_as_torchvision_draws_them() -> None:
@@ -109,3 +111,43 @@ def test_a_box_that_never_fits_is_the_whole_slice() -> None:
         generator=torch.Generator().manual_seed(0),
     )
     assert crops.height.tolist() == crops.width.tolist() == [256.0] * 3 and crops.top.tolist() == [0.0] * 3
+
+
+def views_on(device: str) -> tuple[Views, torch.Tensor]:
+    """Views of six slices, cut on a device, and the state of the generator afterwards."""
+    generator = torch.Generator().manual_seed(7)
+    views = build_views(
+        asymmetric_slices(6).half(),
+        torch.arange(12 * 16).remainder(3).eq(0).unflatten(0, (12, 16)),
+        sizes=(64, 32),
+        num_local=3,
+        global_scale=(0.32, 1.0),
+        local_scale=(0.05, 0.32),
+        aspect=(3 / 4, 4 / 3),
+        canvas_size=256,
+        flip_probability=0.5,
+        blur_probabilities=(0.0, 0.9, 0.5),
+        blur_sigma=(0.1, 2.0),
+        generator=generator,
+        device=torch.device(device),
+    )
+    return views, generator.get_state()
+
+
+def test_the_random_numbers_of_views_do_not_depend_on_the_device() -> None:
+    on_cpu, cpu_state = views_on("cpu")
+    elsewhere, state = views_on("meta")  # shapes without values: whatever is drawn is drawn on the CPU
+    assert torch.equal(state, cpu_state)
+    assert elsewhere.global_crops.is_meta and elsewhere.global_crops.shape == on_cpu.global_crops.shape
+    again, _ = views_on("cpu")
+    assert torch.equal(on_cpu.global_crops, again.global_crops)
+
+
+@pytest.mark.gpu
+def test_views_cut_on_the_gpu_equal_those_cut_on_the_cpu() -> None:
+    (on_cpu, cpu_state), (on_gpu, state) = views_on("cpu"), views_on("cuda")
+    assert torch.equal(state, cpu_state)
+    for name, values in on_cpu._asdict().items():
+        found = getattr(on_gpu, name)
+        assert found.is_cuda or name == "masked"
+        torch.testing.assert_close(found.cpu(), values, rtol=0, atol=1e-4)

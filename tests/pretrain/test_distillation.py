@@ -1,6 +1,7 @@
 """Heads, views and the objective of one iteration."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from braindino.pretrain.distillation import (
     collapse_indicators,
     distillation_objective,
     expected_initial_loss,
+    teacher_targets,
 )
 from braindino.pretrain.heads import ProjectionHead
 from braindino.pretrain.losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
@@ -21,6 +23,22 @@ from braindino.pretrain.randomness import numpy_generator, torch_generator
 from braindino.pretrain.views import Views, build_views
 
 K, B, L = 64, 3, 2
+
+
+def objective_of(
+    student: Network,
+    teacher: Network,
+    views: Views,
+    *,
+    teacher_temperature: float,
+    sinkhorn_iterations: int,
+    **settings: Any,
+) -> Objective:
+    """Both halves of the objective of one micro-batch that is the whole batch."""
+    (targets,) = teacher_targets(
+        teacher, [views], temperature=teacher_temperature, sinkhorn_iterations=sinkhorn_iterations
+    )
+    return distillation_objective(student, views, targets, **settings)
 
 
 def tiny_student(*, drop_path: float = 0.0, layer_scale_init: float = 0.5) -> Network:
@@ -82,7 +100,7 @@ def test_the_objective_equals_its_terms_computed_one_network_call_at_a_time(view
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.mul_(1.1)
-    objective = distillation_objective(
+    objective = objective_of(
         student,
         teacher,
         views,
@@ -127,7 +145,7 @@ def test_the_objective_equals_its_terms_computed_one_network_call_at_a_time(view
 def test_gradients_reach_every_student_parameter_and_no_teacher_parameter(views: Views) -> None:
     student = tiny_student()
     teacher = build_teacher(student)
-    objective = distillation_objective(
+    objective = objective_of(
         student,
         teacher,
         views,
@@ -144,7 +162,7 @@ def test_gradients_reach_every_student_parameter_and_no_teacher_parameter(views:
 
 def test_the_loss_starts_at_its_expected_value(views: Views) -> None:
     student = tiny_student(layer_scale_init=1e-5)
-    objective = distillation_objective(
+    objective = objective_of(
         student,
         build_teacher(student),
         views,
@@ -171,7 +189,7 @@ def test_drop_path_is_decided_by_its_generator(views: Views) -> None:
     teacher = build_teacher(student)
 
     def loss(seed: int) -> float:
-        return distillation_objective(
+        return objective_of(
             student,
             teacher,
             views,
@@ -190,7 +208,9 @@ def test_indicators_tell_collapsed_from_spread_features() -> None:
     zero = torch.zeros(())
 
     def indicators(features: torch.Tensor, q: torch.Tensor) -> dict[str, float]:
-        objective = Objective(zero, zero, zero, zero, zero, zero, teacher_probabilities=q, student_cls=features)
+        entropy, usage = torch.special.entr(q).sum(dim=1).mean(), q.mean(dim=0)
+        terms = dict.fromkeys(Objective._fields, zero)
+        objective = Objective(**terms | {"teacher_entropy": entropy, "prototype_usage": usage, "student_cls": features})
         return {name: value.item() for name, value in collapse_indicators(objective).items()}
 
     spread = indicators(torch.eye(8), torch.eye(8))

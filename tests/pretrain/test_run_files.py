@@ -52,6 +52,22 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_notice(tmp_path: Path, capsy
 
 
 @pytest.mark.fault
+def test_damaged_later_checkpoints_do_not_push_out_sound_ones(tmp_path: Path) -> None:
+    for iteration in (5, 10):
+        save(tmp_path, iteration)
+    (tmp_path / "checkpoints" / "iteration=000010" / "state.pt").write_bytes(b"")
+    save(tmp_path, 8)
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["iteration=000008", "iteration=000005"]
+
+
+@pytest.mark.fault
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path: Path) -> None:
+    (save(tmp_path, 5) / "state.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of its 1 checkpoints can be read .*remove them to start from the beg"):
+        load_newest_checkpoint(tmp_path)
+
+
+@pytest.mark.fault
 def test_a_checkpoint_that_was_being_written_is_not_seen(tmp_path: Path) -> None:
     folder = save(tmp_path, 5)
     folder.rename(folder.with_name(f".{folder.name}"))

@@ -194,7 +194,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_iteration_and_scans(
     run = tmp_path / "run"
     assert main(arguments(store, run, "--optimizer.base-lr", "1e30", "--iterations", "8")) == 1
     error = capsys.readouterr().err
-    assert "loss or gradient is not finite. Scans of its batch: /data/" in error and "iteration " in error
+    assert "from iteration 2 on loss or gradient is not finite, more than 3 times in a row" in error
+    assert "all its slices are finite; its scans: /data/" in error
     assert all(np.isfinite(row["loss"]) for row in rows_of(run))
 
 

@@ -281,9 +281,7 @@ def write_prepared(root: Path) -> None:
     seen = {"stripped_by": "hd-bet", "components": 1, "largest_component": 1.0, "agreement": 0.9, "covered": 0.95}
     seen |= {"inside": 1.0, "holes": 0.0}
     rows = [
-        ScanQuality(
-            scan_id=scans[0].scan_id, spacing="3x3x3", median=4e2, brain_ml=1400, border=0, **measured, **seen
-        ),
+        ScanQuality(scan_id=scans[0].scan_id, spacing="3x3x3", median=4e2, brain_ml=1400, border=0, **measured, **seen),
         ScanQuality(
             scan_id=scans[3].scan_id, spacing="1x1x5", median=90, brain_ml=1200, border=0.2, **seen, **measured
         ),

@@ -1,0 +1,79 @@
+"""Linear maps behind a layer norm or a GELU that keep less for the backward pass.
+
+Autograd keeps the input of the norm (or GELU) and its output, the input of the linear map. The output is cheap to
+compute again from the input, and in a transformer block these outputs, 6 of 19 values per feature, are the largest part
+that can be spared: so here only the input is kept. Values and gradients are those of the plain functions; a matrix
+product is never done twice, which is what activation checkpointing does.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear(norm(x), weight, bias)`` of rows x (T, D)."""
+    if not torch.is_grad_enabled():
+        return F.linear(norm(x), weight, bias)
+    return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, weight, bias)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear(F.gelu(x), weight, bias)`` of rows x (T, D)."""
+    if not torch.is_grad_enabled():
+        return F.linear(F.gelu(x), weight, bias)
+    return _GeluLinear.apply(x, weight, bias)
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        normed, mean, rstd = torch.native_layer_norm(x, scale.shape, scale, shift, eps)
+        ctx.save_for_backward(x, mean, rstd, scale, shift, weight)
+        ctx.eps = eps
+        return F.linear(normed, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, scale, shift, weight = ctx.saved_tensors
+        normed = torch.native_layer_norm(x, scale.shape, scale, shift, ctx.eps)[0]
+        by_weight, by_bias = _of_weights(ctx.needs_input_grad[4:], gradient, normed, weight)
+        outer = (gradient @ weight.to(gradient.dtype)).to(x.dtype)
+        inner = torch.ops.aten.native_layer_norm_backward(
+            outer, x, scale.shape, mean, rstd, scale, shift, list(ctx.needs_input_grad[:3])
+        )
+        return *inner, None, by_weight, by_bias
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        by_weight, by_bias = _of_weights(ctx.needs_input_grad[1:], gradient, F.gelu(x), weight)
+        outer = None
+        if ctx.needs_input_grad[0]:
+            outer = torch.ops.aten.gelu_backward((gradient @ weight.to(gradient.dtype)).to(x.dtype), x)
+        return outer, by_weight, by_bias
+
+
+def _of_weights(
+    needed: tuple[bool, ...], gradient: Tensor, seen: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight and bias of a linear map that has seen ``seen``; the product in the precision of the forward
+    pass, as autocast does it."""
+    for_weight, for_bias = needed
+    by_weight = (gradient.T @ seen.to(gradient.dtype)).to(weight.dtype) if for_weight else None
+    by_bias = gradient.sum(dim=0).to(weight.dtype) if for_bias else None
+    return by_weight, by_bias

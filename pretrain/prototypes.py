@@ -1,0 +1,229 @@
+"""Prototype scores turned into the loss without ever holding them all (paper sec. 4.2, Eq. 1-2).
+
+With 65,536 prototypes the scores of one batch are the largest tensors of a training step: 5 GB for the masked patches
+of 256 slices in float32, several times over for softmax, targets and gradients. Here the last linear map of both heads,
+the centring of the teacher and the cross-entropy are one function. It goes through the rows in pieces, and forms the
+gradient in the forward pass, while the scores of a piece are still there:
+
+    logits of a piece = features @ prototypes.T        student and teacher
+    q = softmax(teacher logits / T_t + offset)         the teacher's centred distribution
+    loss += w (logsumexp(s) - q . s),  s = student logits / T_s
+    gradient of the student's logits = w (softmax(s) - q) / T_s      then two matrix products and the piece is dropped
+
+All centring is in ``offset``, a vector over the prototypes: Sinkhorn-Knopp's scaling of the columns (the scaling of the
+rows is the softmax), or minus a moving average of the teacher's logits. ``losses`` states the same formulas plainly;
+the two agree to 1e-5 in value and gradient (tests/pretrain/test_prototypes.py).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Scores of one piece, student's and teacher's together. On a GPU the products of a piece must fill the device; on a CPU
+# smaller pieces stay nearer to the cache (benchmarks/RESULTS.md).
+PIECE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+
+# Scores of all rows in the precision of the products, held while the teacher is centred and nothing else is.
+KEPT_BYTES = {"cuda": 4 << 30, "cpu": 1 << 30}
+
+AllReduce = Callable[[Tensor], Tensor]
+
+
+class Teacher(NamedTuple):
+    """What the teacher's distributions are made from.
+
+    Attributes:
+        features: (V, N, b) unit vectors in the bottleneck, V views of N rows.
+        prototypes: (K, b).
+        offset: (K,) float32, added to ``features @ prototypes.T / temperature`` before the softmax.
+        temperature: of the softmax.
+    """
+
+    features: Tensor
+    prototypes: Tensor
+    offset: Tensor
+    temperature: float
+
+
+class PrototypeLoss(NamedTuple):
+    """
+    Attributes:
+        loss: sum over the student's rows of weight times cross-entropy, nats; differentiable.
+        rows: (S, N) cross-entropy of each row, nats, detached.
+        entropy: (V, N) of the teacher's distributions, nats.
+        usage: (K,) mean of the teacher's distributions over all V * N rows.
+    """
+
+    loss: Tensor
+    rows: Tensor
+    entropy: Tensor
+    usage: Tensor
+
+
+@torch.no_grad()
+def sinkhorn_offset(
+    features: Tensor,
+    prototypes: Tensor,
+    *,
+    temperature: float,
+    iterations: int = 3,
+    all_reduce: AllReduce | None = None,
+) -> Tensor:
+    """(K,) float32: log of Sinkhorn-Knopp's scaling of the prototypes, so that the rows use all of them evenly.
+
+    Args:
+        features: (N, b) of all rows that are centred together.
+        prototypes: (K, b).
+        temperature: of the teacher.
+        iterations: of scaling columns, then rows.
+        all_reduce: log-sum-exp of its argument over all processes; None for one process.
+    """
+    # Sinkhorn's row scaling c and column scaling r in logarithms, see losses.sinkhorn_knopp. One pass over the rows
+    # serves an iteration: a piece holds whole rows, so c of its rows is known before they count towards the next r.
+    offset = torch.zeros(len(prototypes), device=features.device)
+    weight = _as_computed(prototypes)
+    # Nothing of the student is held yet, so there is room to keep the products of the first iteration for the others.
+    room = KEPT_BYTES.get(features.device.type, 0)
+    keep = iterations > 1 and weight.element_size() * len(features) * len(prototypes) <= room
+    kept: dict[int, Tensor] = {}
+    for iteration in range(iterations):
+        total = torch.full_like(offset, -torch.inf)
+        for piece in _pieces(len(features), len(prototypes), features.device):
+            products = kept[piece.start] if piece.start in kept else features[piece].to(weight.dtype) @ weight.T
+            if keep:
+                kept[piece.start] = products
+            logits = products.float() / temperature
+            if iteration:
+                logits -= torch.logsumexp(logits + offset, dim=1, keepdim=True)
+            total = torch.logaddexp(total, torch.logsumexp(logits, dim=0))
+        offset = -(all_reduce(total) if all_reduce is not None else total)
+    return offset
+
+
+@torch.no_grad()
+def mean_logits(features: Tensor, prototypes: Tensor) -> Tensor:
+    """(K,) float32 mean over the rows (N, b) of ``features @ prototypes.T``: what a moving centre averages."""
+    return prototypes.float() @ features.float().mean(dim=0)
+
+
+def prototype_loss(
+    student: Tensor,
+    prototypes: Tensor,
+    teacher: Teacher,
+    *,
+    targets: tuple[tuple[float, ...], ...],
+    weights: Tensor,
+    temperature: float,
+) -> PrototypeLoss:
+    """Cross-entropy between the teacher's distributions and the student's.
+
+    Args:
+        student: (S, N, b) unit vectors in the bottleneck.
+        prototypes: (K, b) of the student.
+        teacher: of the same N rows, V views of them.
+        targets: S rows of V shares: what mixture of the teacher's views each of the student's is compared with.
+            Neighbours with equal shares are computed together.
+        weights: (S, N) weight of each row in the loss.
+        temperature: of the student.
+    """
+    loss, rows, entropy, usage = _PrototypeLoss.apply(student, prototypes, teacher, targets, weights, temperature)
+    return PrototypeLoss(loss, rows, entropy, usage)
+
+
+class _PrototypeLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, prototypes, teacher, targets, weights, temperature):  # noqa: PLR0917
+        features = teacher.features
+        with torch.no_grad():
+            num_rows, num_prototypes = student.shape[1], len(prototypes)
+            weight, teacher_weight = _as_computed(prototypes), _as_computed(teacher.prototypes)
+            wanted = student.requires_grad or prototypes.requires_grad
+            student_gradient = torch.zeros(student.shape, device=student.device)
+            weight_gradient = torch.zeros(prototypes.shape, device=student.device) if wanted else None
+            rows = torch.empty(student.shape[:2], device=student.device)
+            entropy = torch.empty(features.shape[:2], device=student.device)
+            usage = torch.zeros(num_prototypes, device=student.device)
+            per_row = num_prototypes * (len(student) + 2 * len(features))
+            for piece in _pieces(num_rows, per_row, student.device):
+                q = _scores(features[:, piece], teacher_weight, teacher.temperature)
+                q += teacher.offset
+                log_norm = torch.logsumexp(q, dim=-1, keepdim=True)
+                # Entropy of softmax(z): logsumexp(z) - sum p z.
+                p = torch.exp(q - log_norm)
+                entropy[:, piece] = log_norm[..., 0] - torch.linalg.vecdot(p, q)
+                usage += p.sum(dim=(0, 1))
+                for group, shares in _groups(targets):
+                    target = _mixture(p, shares)
+                    scores = _scores(student[group, piece], weight, temperature)
+                    norm = torch.logsumexp(scores, dim=-1, keepdim=True)
+                    rows[group, piece] = norm[..., 0] - torch.linalg.vecdot(scores, target.expand_as(scores))
+                    if weight_gradient is None:
+                        continue
+                    # In place: scores become softmax, then the gradient of the logits.
+                    gradient = scores.sub_(norm).exp_().sub_(target)
+                    gradient *= weights[group, piece, None] / temperature
+                    gradient = gradient.to(weight.dtype)
+                    student_gradient[group, piece] = (gradient @ weight).float()
+                    flat = gradient.flatten(0, 1)
+                    seen = student[group, piece].flatten(0, 1).to(weight.dtype)
+                    if weight.dtype == torch.float32:
+                        weight_gradient.addmm_(flat.T, seen)
+                    else:
+                        weight_gradient += flat.T @ seen
+            usage /= features.shape[0] * num_rows
+            loss = (rows * weights).sum()
+        ctx.save_for_backward(student_gradient, weight_gradient)
+        ctx.dtypes = student.dtype, prototypes.dtype
+        ctx.mark_non_differentiable(rows, entropy, usage)
+        return loss, rows, entropy, usage
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        student_gradient, weight_gradient = ctx.saved_tensors
+        student_dtype, weight_dtype = ctx.dtypes
+        return (
+            (student_gradient * gradient).to(student_dtype),
+            (weight_gradient * gradient).to(weight_dtype),
+            *[None] * 4,
+        )
+
+
+def _scores(features: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """(..., K) float32 logits / temperature."""
+    return (features.to(weight.dtype) @ weight.T).float().div_(temperature)
+
+
+def _as_computed(prototypes: Tensor) -> Tensor:
+    """The prototypes in the precision of matrix products: autocast does not reach into an autograd function."""
+    device = prototypes.device.type
+    return prototypes.detach().to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else prototypes
+
+
+def _pieces(num_rows: int, per_row: int, device: torch.device) -> Iterator[slice]:
+    """Slices of the rows, of equal size, each with scores of at most PIECE_BYTES."""
+    most = max(1, PIECE_BYTES.get(device.type, PIECE_BYTES["cpu"]) // (4 * per_row))
+    count = max(1, -(-num_rows // most))
+    size = max(1, -(-num_rows // count))
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def _groups(targets: tuple[tuple[float, ...], ...]) -> Iterator[tuple[slice, tuple[float, ...]]]:
+    """Runs of student views that are compared with the same mixture."""
+    start = 0
+    for end in range(1, len(targets) + 1):
+        if end == len(targets) or targets[end] != targets[start]:
+            yield slice(start, end), targets[start]
+            start = end
+
+
+def _mixture(p: Tensor, shares: tuple[float, ...]) -> Tensor:
+    """(n, K) from (V, n, K)."""
+    used = [(view, share) for view, share in enumerate(shares) if share]
+    first, share = used[0]
+    result = p[first] if share == 1 else p[first] * share
+    for view, share in used[1:]:
+        result = torch.add(result, p[view], alpha=share)
+    return result
