@@ -266,6 +266,13 @@ class PretrainConfig:
     """Iterations between checkpoints; the two newest are kept."""
     log_every: int = 10
     """Iterations between rows of metrics.jsonl."""
+    probe_every: int = 2_500
+    """Iterations between looks at what the teacher has learnt: nearest neighbours for the sequence type on a fixed set
+    of slices (ours). 0: never. Needs slices of two sequences and four subjects; not with sharded networks (fsdp)."""
+    probe_slices: int = 512
+    """Slices of that set."""
+    probe_k: int = 5
+    """Neighbours."""
     num_workers: int = 4
     """Processes that read slices; 0 reads in the main process. Does not change results."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -294,6 +301,9 @@ class PretrainConfig:
         _check(self, "iterations", 1)
         _check(self, "accumulate", 1)
         _check(self, "max_bad_steps", 0)
+        _check(self, "probe_every", 0)
+        _check(self, "probe_slices", 16)
+        _check(self, "probe_k", 1)
         _check(self, "checkpoint_every", 1)
         _check(self, "log_every", 1)
         _check(self, "num_workers", 0)
@@ -323,6 +333,9 @@ RUNTIME_SETTINGS = frozenset(
         "accumulate",
         "parallel",
         "max_bad_steps",
+        "probe_every",
+        "probe_slices",
+        "probe_k",
         "activation_checkpointing",
         "compile",
     }

@@ -38,6 +38,8 @@ class Targets(NamedTuple):
     """Of the CLS token of both global crops: 2 views of B slices."""
     patches: Teacher
     """Of the M patches masked for the student."""
+    features: Tensor
+    """(2B, D) the teacher's CLS tokens themselves."""
     gram: Tensor | None = None
     """(2B, N, D) patch tokens that Gram anchoring holds the student's to; None without it."""
 
@@ -62,6 +64,8 @@ class Objective(NamedTuple):
     """(K,) their mean over the micro-batch."""
     student_cls: Tensor
     """(2B, D) of the global crops, detached."""
+    teacher_cls: Tensor
+    """(2B, D) of the global crops, whole."""
 
 
 class Centre(nn.Module):
@@ -160,9 +164,10 @@ def teacher_targets(
         Targets(
             Teacher(cls.unflatten(0, (2, -1)), prototypes["dino"], offsets["dino"], temperature),
             Teacher(patches[None], prototypes["ibot"], offsets["ibot"], temperature),
+            part.cls,
             None if gram_teacher is None else gram_teacher(views.global_crops).patches,
         )
-        for views, cls, patches in zip(micro_batches, features["dino"], features["ibot"], strict=True)
+        for views, part, cls, patches in zip(micro_batches, tokens, features["dino"], features["ibot"], strict=True)
     ]
 
 
@@ -234,6 +239,7 @@ def distillation_objective(
         teacher_entropy=dino.entropy.mean(),
         prototype_usage=dino.usage,
         student_cls=cls.detach(),
+        teacher_cls=targets.features,
     )
 
 
@@ -255,15 +261,22 @@ def collapse_indicators(objective: Objective) -> dict[str, Tensor]:
     teacher_entropy: mean entropy of the teacher's distributions, nats; prototype_entropy: of their mean over the batch.
     feature_std: standard deviation over the batch of L2-normalised CLS features times sqrt(D), 1 = spread evenly.
     feature_rank: effective dimensions (sum e)^2 / sum e^2 over the eigenvalues e of their covariance.
+    teacher_std: as feature_std, of the teacher, which sees the crops whole: the student's features differ by their
+    masks even where the slices do not.
     """
-    features = nn.functional.normalize(objective.student_cls.float(), dim=1)
-    centered = features - features.mean(dim=0)
+    centered, seen = (_centred_directions(cls) for cls in (objective.student_cls, objective.teacher_cls))
     gram = centered @ centered.T
     trace = gram.diagonal().sum()
     tiny = torch.finfo(torch.float32).tiny
     return {
         "teacher_entropy": objective.teacher_entropy,
         "prototype_entropy": torch.special.entr(objective.prototype_usage).sum(),
-        "feature_std": (trace / len(features)).sqrt(),
+        "feature_std": (trace / len(centered)).sqrt(),
         "feature_rank": trace.square() / gram.square().sum().clamp_min(tiny),
+        "teacher_std": (seen.square().sum() / len(seen)).sqrt(),
     }
+
+
+def _centred_directions(features: Tensor) -> Tensor:
+    directions = nn.functional.normalize(features.float(), dim=1)
+    return directions - directions.mean(dim=0)

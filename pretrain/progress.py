@@ -15,14 +15,18 @@ MAX_POINTS = 2000
 
 def draw_progress(rows: list[dict[str, Any]], path: Path, *, num_prototypes: int, title: str) -> None:
     """Draw losses (with the values expected at the start), schedules and collapse indicators from rows of metrics."""
+    rows_of_probes = rows
     rows = rows[:: max(1, math.ceil(len(rows) / MAX_POINTS))]
     if not rows:
         return
     log_k = math.log(num_prototypes)
     iteration = np.array([row["iteration"] for row in rows])
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    probed = [row for row in rows_of_probes if "probe_knn_sequence" in row]
+    figure = Figure(figsize=(17 if probed else 13, 7), layout="constrained")
     figure.suptitle(title)
-    (loss, total, spread), (rates, gradients, speed) = figure.subplots(2, 3, sharex=True)
+    (loss, total, spread, *more), (rates, gradients, speed, *below) = figure.subplots(
+        2, 4 if probed else 3, sharex=True
+    )
 
     def draw(axes: Axes, *names: str, scale: float = 1.0) -> None:
         for name in names:
@@ -53,9 +57,23 @@ def draw_progress(rows: list[dict[str, Any]], path: Path, *, num_prototypes: int
     gradients.set(title="Gradient norms before clipping", xlabel="iteration", yscale="log")
     draw(speed, "koleo")
     speed.set(title="KoLeo (both global crops)", xlabel="iteration")
-    for axes in (loss, total, spread, rates, gradients):
+    if probed:
+        _draw_probes(more[0], below[0], probed)
+    for axes in (loss, total, spread, rates, gradients, *more):
         axes.legend(fontsize="small")
-    for axes in (loss, total, spread, rates, gradients, speed):
+    for axes in (loss, total, spread, rates, gradients, speed, *more, *below):
         axes.grid(alpha=0.3)
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=90)
+
+
+def _draw_probes(accuracy: Axes, distance: Axes, rows: list[dict[str, Any]]) -> None:
+    """Nearest neighbours for the sequence type over time, with what intensities and the floor reach."""
+    iteration = [row["iteration"] for row in rows]
+    accuracy.plot(iteration, [row["probe_knn_sequence"] for row in rows], marker=".", label="CLS features")
+    for name, style in (("intensity", "--"), ("floor", ":")):
+        value = rows[-1][f"probe_knn_sequence_{name}"]
+        accuracy.axhline(value, color="0.6", linestyle=style, linewidth=1, label=name)
+    accuracy.set(title="Sequence by nearest neighbours", ylabel="accuracy", ylim=(0, 1.02))
+    distance.plot(iteration, [row["probe_neighbour_distance"] for row in rows], marker=".")
+    distance.set(title="Cosine distance to the nearest", xlabel="iteration", ylim=(0, None))

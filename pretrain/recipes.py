@@ -32,6 +32,7 @@ DEBUG = PretrainConfig(
     iterations=12,
     batch_size=4,
     checkpoint_every=4,
+    probe_every=0,
     log_every=1,
     num_workers=0,
     model=ModelConfig(
@@ -49,6 +50,8 @@ DEMO = PretrainConfig(
     iterations=200,
     batch_size=16,
     checkpoint_every=50,
+    probe_every=40,
+    probe_slices=64,
     log_every=2,
     num_workers=0,
     # Two hundred iterations are too few for layer scales to grow from 1e-5 and for prototypes to lengthen: branches

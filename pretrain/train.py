@@ -18,12 +18,14 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 
 from braindino.leakage import Crosswalk
 from braindino.lock import lock_folder
 from braindino.metrics_log import append_metrics, drop_metrics_after, read_metrics
+from braindino.pretrain.alarms import CollapseAlarms
 from braindino.pretrain.checkpoint import Checkpoint, checkpoint_folder, load_newest_checkpoint, save_checkpoint
 from braindino.pretrain.config import (
     PATCH_SIZE,
@@ -67,6 +69,7 @@ from braindino.pretrain.optimizer import (
     update_teacher,
 )
 from braindino.pretrain.parallel import Distillation, Mode, choose_mode, load_optimizer_state, whole_state
+from braindino.pretrain.probes import KnnProbe, why_not
 from braindino.pretrain.progress import draw_progress
 from braindino.pretrain.randomness import torch_generator
 from braindino.pretrain.recipes import RECIPES
@@ -233,6 +236,11 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
             teacher_temperature_iterations=config.loss.teacher_temperature_iterations,
         )
         metrics_path = config.out / "metrics.jsonl"
+        probe, alarms = None, None
+        if processes.is_main and stopwatch is None:
+            probe = build_probe(config, store, sampler.indices, mode=mode)
+            before = [row for row in read_metrics(metrics_path) if row["iteration"] <= start]
+            alarms = CollapseAlarms(config.model.num_prototypes, before=before)
         if processes.is_main:
             record_exposure(
                 config.out / "encoder",
@@ -346,7 +354,9 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
             # ---- look: here, and only here, the host waits for the device and the processes for each other
             is_last = done == config.iterations
             save_now = stopwatch is None and (done % config.checkpoint_every == 0 or is_last)
-            if not (done % config.log_every == 0 or done == 1 or save_now or (stop and processes.size == 1)):
+            probe_now = bool(config.probe_every) and done % config.probe_every == 0
+            look_now = done % config.log_every == 0 or done == 1 or save_now or probe_now
+            if not (look_now or (stop and processes.size == 1)):
                 continue
             stopping = bool(agree([bool(stop)], device)[0])
             save_now = save_now or stopping
@@ -403,6 +413,12 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
                 )
             # The terms of a skipped step are no numbers, and were said above.
             if processes.is_main and not findings.last_is_bad:
+                if probe is not None and (probe_now or is_last or done == 1):
+                    row |= probe.measure(teacher.encoder, device)
+                    last_time += time.perf_counter() - now
+                if alarms is not None and (raised := alarms.check(row)):
+                    row["alarms"] = [alarm.kind for alarm in raised]
+                    print(*(f"ALARM {alarm.message}" for alarm in raised), sep="\n", flush=True)
                 append_metrics(metrics_path, row)
 
             # ---- save
@@ -431,6 +447,17 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
                 )
             say(processes, f"{config.out} is finished: all {start} iterations are done")
         say(processes, f"encoder: braindino.load_encoder({str(config.out / 'encoder')!r})")
+
+
+def build_probe(config: PretrainConfig, store: SliceStore, usable: np.ndarray, *, mode: Mode) -> KnnProbe | None:
+    """The probe of a run, or None, saying why, where its store or its processes do not allow one."""
+    if not config.probe_every:
+        return None
+    reason = "student and teacher are sharded" if mode == "fsdp" else why_not(store, usable)
+    if reason:
+        print(f"no kNN probe: {reason}", flush=True)
+        return None
+    return KnnProbe(store, usable, num_slices=config.probe_slices, k=config.probe_k, seed=config.seed)
 
 
 def describe(

@@ -210,7 +210,9 @@ def test_indicators_tell_collapsed_from_spread_features() -> None:
     def indicators(features: torch.Tensor, q: torch.Tensor) -> dict[str, float]:
         entropy, usage = torch.special.entr(q).sum(dim=1).mean(), q.mean(dim=0)
         terms = dict.fromkeys(Objective._fields, zero)
-        objective = Objective(**terms | {"teacher_entropy": entropy, "prototype_usage": usage, "student_cls": features})
+        objective = Objective(
+            **terms | dict(teacher_entropy=entropy, prototype_usage=usage, student_cls=features, teacher_cls=features)
+        )
         return {name: value.item() for name, value in collapse_indicators(objective).items()}
 
     spread = indicators(torch.eye(8), torch.eye(8))

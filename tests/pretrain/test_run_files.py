@@ -63,7 +63,7 @@ def test_damaged_later_checkpoints_do_not_push_out_sound_ones(tmp_path: Path) ->
 @pytest.mark.fault
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path: Path) -> None:
     (save(tmp_path, 5) / "state.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="none of its 1 checkpoints can be read .*remove them to start from the beg"):
+    with pytest.raises(ValueError, match=r"none of its 1 checkpoints can be read .*remove them to start from the beg"):
         load_newest_checkpoint(tmp_path)
 
 

@@ -1,0 +1,91 @@
+"""Signs of collapse in the rows of a run's metrics: what is wrong, for how long, and what to do.
+
+A sign counts when every logged row of the last ``PATIENCE`` iterations shows it, so that the first steps, in which an
+untrained encoder tells slices hardly apart, raise nothing.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+# Constant images show it within 50 steps at the usual 10 between rows.
+PATIENCE = 35
+# The teacher's features of different slices: an untrained encoder with layer scale 1e-5 has a spread of about 1e-4, which
+# grows from the first steps on; equal images have 0 but for rounding (2e-7).
+MIN_TEACHER_STD = 1e-6
+# Effective dimensions of a batch's features; runs in order have several.
+MIN_FEATURE_RANK = 1.05
+# Entropy of the mean of the teacher's distributions over ln K, as when nearly all slices go to a few prototypes.
+MIN_PROTOTYPE_USE = 0.05
+
+
+class Alarm(NamedTuple):
+    """Something that a run should not show.
+
+    Attributes:
+        kind: ``same_features``, ``one_direction`` or ``few_prototypes``.
+        message: what, found, expected, and what to do.
+    """
+
+    kind: str
+    message: str
+
+
+class CollapseAlarms:
+    """Looks at the rows of a run as they come; each kind is told once until it has recovered."""
+
+    def __init__(self, num_prototypes: int, *, before: Iterable[Mapping[str, Any]] = ()) -> None:
+        """
+        Args:
+            num_prototypes: K of the DINO head.
+            before: rows of the run up to where it is resumed.
+        """
+        self._log_k = math.log(num_prototypes)
+        self._since: dict[str, int] = {}
+        self._told: set[str] = set()
+        for row in before:
+            self.check(row)
+
+    def check(self, row: Mapping[str, Any]) -> list[Alarm]:
+        """The alarms that are new with this row of ``metrics.jsonl``."""
+        iteration = int(row["iteration"])
+        new = []
+        for alarm in self._signs(row):
+            first = self._since.setdefault(alarm.kind, iteration)
+            if iteration - first >= PATIENCE and alarm.kind not in self._told:
+                self._told.add(alarm.kind)
+                new.append(alarm._replace(message=f"iteration {iteration}: {alarm.message} (since {first})"))
+        shown = {alarm.kind for alarm in self._signs(row)}
+        for kind in [kind for kind in self._since if kind not in shown]:
+            del self._since[kind]
+            self._told.discard(kind)
+        return new
+
+    def _signs(self, row: Mapping[str, Any]) -> list[Alarm]:
+        std, rank, use = row["teacher_std"], row["feature_rank"], row["prototype_entropy"] / self._log_k
+        signs = []
+        if std < MIN_TEACHER_STD:
+            signs.append(
+                Alarm(
+                    "same_features",
+                    f"all slices of a batch have the same features: spread {std:.1e}, expected over "
+                    f"{MIN_TEACHER_STD:g}; are the slices of the store all alike? Look at the montages",
+                )
+            )
+        elif rank < MIN_FEATURE_RANK:
+            signs.append(
+                Alarm(
+                    "one_direction",
+                    f"features differ along one direction only: effective rank {rank:.2f}, expected over "
+                    f"{MIN_FEATURE_RANK:g}; raise loss.koleo_weight, or lower the learning rate and start anew",
+                )
+            )
+        if use < MIN_PROTOTYPE_USE:
+            signs.append(
+                Alarm(
+                    "few_prototypes",
+                    f"the teacher uses hardly any prototypes: entropy {use:.3f} of ln K, expected over "
+                    f"{MIN_PROTOTYPE_USE:g}; raise the teacher's temperature, or take sinkhorn_knopp centring",
+                )
+            )
+        return signs

@@ -1,0 +1,142 @@
+"""The kNN probe against a hand loop and planted features; alarms on real collapse and on none."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from braindino.manifest import Scan
+from braindino.metrics_log import read_metrics
+from braindino.pretrain.alarms import PATIENCE, CollapseAlarms
+from braindino.pretrain.probes import KnnProbe, why_not
+from braindino.pretrain.train import main
+from braindino.slice_store import SliceStore, SliceStoreWriter
+from braindino.vision_transformer import Tokens
+
+SEQUENCES = ("T1", "T2")
+
+
+def make_store(folder: Path, *, constant: bool = False, sequences: tuple[str, ...] = SEQUENCES) -> Path:
+    """Eight subjects, a scan of each sequence with 4 slices; T2 is bright where T1 is dark."""
+    writer, rng = SliceStoreWriter(folder), np.random.default_rng(0)
+    rows, columns = np.mgrid[:256, :256]
+    for number in range(8):
+        disc = (rows - 128) ** 2 + (columns - 100 - 8 * number) ** 2 < (50 + 3 * number) ** 2
+        for sequence in sequences:
+            slices = np.stack([np.where(disc, 2.0 if sequence == "T1" else -2.0, 0.0)] * 4)
+            slices = slices + 0.1 * rng.standard_normal(slices.shape)
+            scan = Scan(path=f"/data/{number}_{sequence}.nii.gz", cohort="c", subject=f"s{number}", sequence=sequence)
+            writer.add(scan, np.ones_like(slices) if constant else slices, [100, 120, 140, 160])
+    writer.publish()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return make_store(tmp_path_factory.mktemp("probes") / "store")
+
+
+class Planted(torch.nn.Module):
+    """CLS features that are a function of the image."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Tokens:
+        return Tokens(self.function(x), torch.empty(0), torch.empty(0))
+
+
+def probe_of(store: Path, **options) -> KnnProbe:
+    opened = SliceStore(store)
+    return KnnProbe(opened, np.arange(len(opened)), **{"num_slices": 32, "k": 3, "seed": 0, **options})
+
+
+def test_features_that_tell_the_sequence_are_always_right_and_noise_is_at_chance(store) -> None:
+    probe = probe_of(store)
+    cpu = torch.device("cpu")
+    planted = probe.measure(Planted(lambda x: x.mean(dim=(1, 2, 3))[:, None] * torch.tensor([[1.0, 0.5]])), cpu)
+    assert planted["probe_knn_sequence"] == 1.0 and planted["probe_knn_sequence_floor"] == 0.5
+    assert planted["probe_knn_sequence_intensity"] == 1.0
+    generator = torch.Generator().manual_seed(0)
+    noise = probe.measure(Planted(lambda x: torch.randn(len(x), 8, generator=generator)), cpu)
+    assert 0.0 < noise["probe_knn_sequence"] < 1.0 and noise["probe_neighbour_distance"] > 0
+
+
+def test_memory_and_questions_share_no_subject_and_slices_are_near_the_middle(store) -> None:
+    opened = SliceStore(store)
+    probe = probe_of(store, num_slices=16)
+    slices = {opened.read_float16(i).tobytes(): i for i in range(len(opened))}
+    chosen = [slices[part.numpy().tobytes()] for part in probe._slices[:, 0]]
+    assert {opened.position_of(i) for i in chosen} == {120} and len({opened.scan_of(i).path for i in chosen}) == 16
+    sides = [{opened.scan_of(i).subject for i, a in zip(chosen, probe._is_asked, strict=True) if a == side}
+             for side in (True, False)]  # fmt: skip
+    assert sides[0].isdisjoint(sides[1]) and all(sides)
+
+
+def test_accuracy_equals_a_hand_loop_with_ties_to_the_nearest(store) -> None:
+    probe = probe_of(store, k=4)
+    features = torch.randn(32, 5, generator=torch.Generator().manual_seed(1))
+    right = 0
+    asked, memory = (probe._is_asked == side for side in (True, False))
+    for query, label in zip(features[asked], probe._labels[asked].tolist(), strict=True):
+        cosines = [float(torch.cosine_similarity(query, other, dim=0)) for other in features[memory]]
+        nearest = sorted(range(len(cosines)), key=lambda i: -cosines[i])[:4]
+        labels = [int(probe._labels[memory][i]) for i in nearest]
+        most = max(labels.count(each) for each in labels)
+        right += next(each for each in labels if labels.count(each) == most) == label
+    assert probe._accuracy(features)[0] == pytest.approx(right / int(asked.sum()))
+
+
+def test_a_store_of_one_sequence_cannot_be_probed(tmp_path) -> None:
+    opened = SliceStore(make_store(tmp_path / "store", sequences=("T1",)))
+    assert "fewer than two known sequences" in why_not(opened, np.arange(len(opened)))
+    with pytest.raises(ValueError, match="fewer than two known sequences"):
+        KnnProbe(opened, np.arange(len(opened)), num_slices=16, k=3, seed=0)
+
+
+def run(store: Path, out: Path, *more: str) -> list[dict]:
+    command = ["debug", "--store", str(store), "--out", str(out), "--device", "cpu", *more]
+    assert main(command) == 0
+    return read_metrics(out / "metrics.jsonl")
+
+
+def test_probing_changes_no_number_of_the_run(store, tmp_path) -> None:
+    options = ("--iterations", "4")
+    plain = run(store, tmp_path / "plain", *options)
+    probed = run(store, tmp_path / "probed", *options, "--probe-every", "2", "--probe-slices", "16")
+    skipped = ("slices_per_second", "eta_seconds")
+    for row, other in zip(plain, probed, strict=True):
+        assert {k: v for k, v in row.items() if k not in skipped} == {
+            k: v for k, v in other.items() if k not in skipped and not k.startswith("probe_")
+        }
+    assert [row["iteration"] for row in probed if "probe_knn_sequence" in row] == [1, 2, 4]
+
+
+def test_constant_images_raise_the_alarm_within_50_steps(tmp_path, capsys) -> None:
+    rows = run(
+        make_store(tmp_path / "store", constant=True), tmp_path / "run", "--iterations", "50", "--log-every", "10"
+    )
+    assert [(row["iteration"], row["alarms"]) for row in rows if "alarms" in row] == [(36, ["same_features"])]
+    assert "ALARM iteration 36: all slices of a batch have the same features" in capsys.readouterr().out
+
+
+def test_a_run_in_order_raises_none(store, tmp_path) -> None:
+    rows = run(store, tmp_path / "run", "--iterations", "50", "--log-every", "10")
+    assert not [row for row in rows if "alarms" in row]
+
+
+def row_of(iteration: int, **changes: float) -> dict[str, float]:
+    return {"iteration": iteration, "teacher_std": 0.3, "feature_rank": 5.0, "prototype_entropy": 4.0, **changes}
+
+
+def test_an_alarm_needs_patience_is_told_once_and_again_after_recovery() -> None:
+    alarms = CollapseAlarms(128)
+    told = [alarms.check(row_of(i, feature_rank=1.0)) for i in range(1, 2 * PATIENCE)]
+    assert [len(new) for new in told].index(1) == PATIENCE and sum(map(len, told)) == 1
+    assert alarms.check(row_of(100)) == []
+    again = [alarms.check(row_of(i, feature_rank=1.0)) for i in range(101, 102 + PATIENCE)]
+    assert [new[0].kind for new in again if new] == ["one_direction"]
+    few = CollapseAlarms(128, before=[row_of(1, prototype_entropy=0.01)])
+    assert [alarm.kind for alarm in few.check(row_of(1 + PATIENCE, prototype_entropy=0.01))] == ["few_prototypes"]
