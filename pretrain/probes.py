@@ -2,8 +2,8 @@
 
 Sequence types are labels that every store has for free. Slices of half of the subjects are a memory, those of the other
 half are asked: the label of a slice is the one that most of its nearest neighbours in the memory have (cosine; among
-labels with equally many, the one of the nearest). Beside it stand the same question asked of raw intensities, and the
-floor: always saying what is most frequent in the memory.
+labels with equally many, the larger summed similarity, paper sec. 4.6). Beside it stand the same question asked of raw
+intensities, and the floor: always saying what is most frequent in the memory.
 """
 
 from collections.abc import Sequence
@@ -82,10 +82,10 @@ class KnnProbe:
         similarity = unit[self._is_asked] @ unit[~self._is_asked].T
         nearest = similarity.topk(min(self.k, similarity.shape[1]), dim=1)
         labels = self._labels[~self._is_asked][nearest.indices]
-        votes = F.one_hot(labels, int(self._labels.max()) + 1).sum(dim=1)
-        # The nearest of the labels with most votes: labels stand from the nearest to the farthest.
-        most = votes.gather(1, labels) == votes.max(dim=1, keepdim=True).values
-        said = labels.gather(1, most.int().argmax(dim=1, keepdim=True))[:, 0]
+        of_label = F.one_hot(labels, int(self._labels.max()) + 1)
+        votes, similarities = of_label.sum(dim=1), (of_label * nearest.values[..., None]).sum(dim=1)
+        most = votes == votes.max(dim=1, keepdim=True).values
+        said = similarities.masked_fill(~most, -torch.inf).argmax(dim=1)
         accuracy = (said == self._labels[self._is_asked]).float().mean()
         return float(accuracy), float((1 - nearest.values[:, 0]).mean())
 
