@@ -22,11 +22,13 @@ import numpy as np
 import torch
 import tyro
 
+from braindino.allocation import give_back_large_arrays
 from braindino.leakage import Crosswalk
 from braindino.lock import lock_folder
 from braindino.metrics_log import append_metrics, drop_metrics_after, read_metrics
 from braindino.pretrain.alarms import CollapseAlarms
 from braindino.pretrain.checkpoint import Checkpoint, checkpoint_folder, load_newest_checkpoint, save_checkpoint
+from braindino.pretrain.cohort_loss import CohortLoss
 from braindino.pretrain.config import (
     PATCH_SIZE,
     PretrainConfig,
@@ -138,6 +140,8 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
         processes = stack.enter_context(join_processes(config.device))
         stop = stack.enter_context(stop_on_signal())
         device = processes.device
+        if device.type == "cpu":
+            give_back_large_arrays()
         division = Division(processes.size, config.accumulate, config.batch_size)
 
         # ---- build: data
@@ -220,6 +224,7 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
             gram_teacher = load_encoder(config.loss.gram_teacher).to(device)
             logged_terms = (*LOGGED_TERMS, "gram")
         guard = StepGuard(config.max_bad_steps, device)
+        by_cohort = CohortLoss(store.scans, store.scan_index, device)
         if checkpoint is not None:
             load_optimizer_state(optimizer, checkpoint.state["optimizer"])
             guard.load_state_dict(checkpoint.state["guard"])
@@ -317,6 +322,7 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
             ]
             optimizer.zero_grad()
             objectives = []
+            drawn = sampler.indices_of(iteration)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
                 targets = distillation.targets(
                     micro_batches,
@@ -338,6 +344,7 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
                             generator=torch_generator(config.seed, iteration, f"drop path from slice {part.start}"),
                         )
                     (objective.loss / config.accumulate).backward()
+                by_cohort.add(drawn[part], objective.dino_per_slice)
                 objectives.append(torch.stack([getattr(objective, name).detach().float() for name in logged_terms]))
             terms = torch.stack(objectives).mean(dim=0)
             norms = torch.stack(clip_gradients(modules.values(), max_norm=config.optimizer.clip_norm))
@@ -387,6 +394,7 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
                 "iteration": done,
                 **dict(zip([*logged_terms, *indicators], shared.tolist(), strict=True)),
                 **dict(zip([f"grad_norm_{name}" for name in modules], norms.tolist(), strict=True)),
+                **by_cohort.look(),
                 "lr": float(schedules.lr[iteration]),
                 "last_layer_lr": float(schedules.last_layer_lr[iteration]),
                 "weight_decay": float(schedules.weight_decay[iteration]),
