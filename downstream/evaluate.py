@@ -9,10 +9,10 @@ import tyro
 
 from braindino.downstream.config import EvaluateConfig
 from braindino.downstream.evaluation import Cases, Split, make_split, run_trials, select_cases
-from braindino.downstream.labels import labels_of, read_labels
 from braindino.downstream.results import data_note, format_summary, hash_scans, summarise, write_seed
 from braindino.downstream.tasks import TASKS, KnnProbe
 from braindino.feature_table import FeatureTable
+from braindino.label_table import labels_of, read_labels
 from braindino.leakage import Crosswalk, check_test_scans, exposure_of_encoder
 from braindino.provenance import versions
 from braindino.splits import read_subjects, shared_persons

@@ -13,9 +13,9 @@ import torch
 from braindino.downstream.heads import MlpHead, train_classifiers, train_regressors
 from braindino.downstream.intervals import Estimate, bootstrap_interval
 from braindino.downstream.knn import knn_predict
-from braindino.downstream.labels import Label
 from braindino.downstream.metrics import accuracy, macro_auc, mean_absolute_error
 from braindino.downstream.tasks import KnnProbe, Task
+from braindino.label_table import Label
 from braindino.manifest import Scan
 from braindino.splits import check_disjoint, nested_subsets, split_subjects
 

@@ -15,6 +15,12 @@ PATIENCE = 35
 MIN_TEACHER_STD = 1e-6
 # Effective dimensions of a batch's features; runs in order have several.
 MIN_FEATURE_RANK = 1.05
+# Mean distance to the nearest other feature over what their spread lets expect: 0.3 to 0.5 in a demo run, 0 where all
+# slices of a batch fall on a few points.
+MIN_NEIGHBOUR_DISTANCE = 0.01
+# Entropy of each of the teacher's distributions over ln K: 1 when it prefers nothing, and then teaches nothing. An
+# untrained teacher at the paper's temperature is at 0.99.
+MAX_TEACHER_ENTROPY = 1 - 1e-5
 # Entropy of the mean of the teacher's distributions over ln K, as when nearly all slices go to a few prototypes.
 MIN_PROTOTYPE_USE = 0.05
 
@@ -23,7 +29,7 @@ class Alarm(NamedTuple):
     """Something that a run should not show.
 
     Attributes:
-        kind: ``same_features``, ``one_direction`` or ``few_prototypes``.
+        kind: ``same_features``, ``one_direction``, ``few_points``, ``few_prototypes`` or ``uniform_teacher``.
         message: what, found, expected, and what to do.
     """
 
@@ -62,7 +68,8 @@ class CollapseAlarms:
         return new
 
     def _signs(self, row: Mapping[str, Any]) -> list[Alarm]:
-        std, rank, use = row["teacher_std"], row["feature_rank"], row["prototype_entropy"] / self._log_k
+        std, rank = row["teacher_std"], row["feature_rank"]
+        use, entropy = (row[name] / self._log_k for name in ("prototype_entropy", "teacher_entropy"))
         signs = []
         if std < MIN_TEACHER_STD:
             signs.append(
@@ -78,6 +85,24 @@ class CollapseAlarms:
                     "one_direction",
                     f"features differ along one direction only: effective rank {rank:.2f}, expected over "
                     f"{MIN_FEATURE_RANK:g}; raise loss.koleo_weight, or lower the learning rate and start anew",
+                )
+            )
+        elif row["neighbour_distance"] < MIN_NEIGHBOUR_DISTANCE:
+            signs.append(
+                Alarm(
+                    "few_points",
+                    f"features fall on few points: the nearest other lies at {row['neighbour_distance']:.1e} of the "
+                    f"distance expected, at least {MIN_NEIGHBOUR_DISTANCE:g} was; are scans in the store several times "
+                    "over? If not, raise loss.koleo_weight",
+                )
+            )
+        # Of equal features a centred teacher makes the uniform distribution: that has its alarm.
+        if entropy > MAX_TEACHER_ENTROPY and std >= MIN_TEACHER_STD:
+            signs.append(
+                Alarm(
+                    "uniform_teacher",
+                    f"the teacher prefers no prototype: entropy {entropy:.6f} of ln K, expected below "
+                    f"{MAX_TEACHER_ENTROPY:g}; lower its temperature",
                 )
             )
         if use < MIN_PROTOTYPE_USE:

@@ -267,12 +267,22 @@ class PretrainConfig:
     log_every: int = 10
     """Iterations between rows of metrics.jsonl."""
     probe_every: int = 2_500
-    """Iterations between looks at what the teacher has learnt: nearest neighbours for the sequence type on a fixed set
-    of slices (ours). 0: never. Needs slices of two sequences and four subjects; not with sharded networks (fsdp)."""
+    """Iterations between looks at what the teacher has learnt: nearest neighbours for the sequence type, and the labels
+    of probe_labels, on a fixed set of slices; maps of some of them (ours). 0: never. Nearest neighbours need two
+    answers and four subjects. Not with sharded networks (fsdp)."""
     probe_slices: int = 512
     """Slices of that set."""
     probe_k: int = 5
     """Neighbours."""
+    probe_labels: tuple[str, ...] = ()
+    """What else to ask of them, as `column=table`, such as `sex=participants.tsv age=ages.csv`; tables as for
+    `braindino evaluate`. More than ten different numbers are a quantity (mean absolute error), all else is classes."""
+    probe_maps: int = 4
+    """Slices of which patch similarity and principal components are drawn at each look (maps.png); 0: none."""
+    tensorboard: bool | None = None
+    """Write RUN/tensorboard as well; by default if TensorBoard is installed."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases to log to as well; by default none."""
     num_workers: int = 4
     """Processes that read slices; 0 reads in the main process. Does not change results."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -304,6 +314,7 @@ class PretrainConfig:
         _check(self, "probe_every", 0)
         _check(self, "probe_slices", 16)
         _check(self, "probe_k", 1)
+        _check(self, "probe_maps", 0)
         _check(self, "checkpoint_every", 1)
         _check(self, "log_every", 1)
         _check(self, "num_workers", 0)
@@ -336,6 +347,10 @@ RUNTIME_SETTINGS = frozenset(
         "probe_every",
         "probe_slices",
         "probe_k",
+        "probe_labels",
+        "probe_maps",
+        "tensorboard",
+        "wandb_project",
         "activation_checkpointing",
         "compile",
     }

@@ -262,19 +262,28 @@ def collapse_indicators(objective: Objective) -> dict[str, Tensor]:
     feature_std: standard deviation over the batch of L2-normalised CLS features times sqrt(D), 1 = spread evenly.
     feature_rank: effective dimensions (sum e)^2 / sum e^2 over the eigenvalues e of their covariance.
     teacher_std: as feature_std, of the teacher, which sees the crops whole: the student's features differ by their
-    masks even where the slices do not.
+    masks even where the slices do not. neighbour_distance: mean distance of the teacher's directions of one view to the
+    nearest other, over what teacher_std lets expect of directions without order: 0 where features sit on few points.
     """
     centered, seen = (_centred_directions(cls) for cls in (objective.student_cls, objective.teacher_cls))
     gram = centered @ centered.T
     trace = gram.diagonal().sum()
+    teacher_std = (seen.square().sum() / len(seen)).sqrt()
     tiny = torch.finfo(torch.float32).tiny
     return {
         "teacher_entropy": objective.teacher_entropy,
         "prototype_entropy": torch.special.entr(objective.prototype_usage).sum(),
         "feature_std": (trace / len(centered)).sqrt(),
         "feature_rank": trace.square() / gram.square().sum().clamp_min(tiny),
-        "teacher_std": (seen.square().sum() / len(seen)).sqrt(),
+        "teacher_std": teacher_std,
+        "neighbour_distance": _nearest(seen[: len(seen) // 2]).mean() / (math.sqrt(2) * teacher_std).clamp_min(tiny),
     }
+
+
+def _nearest(points: Tensor) -> Tensor:
+    """(N,) distance of each of the points (N, D) to the nearest other."""
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.fill_diagonal_(torch.inf).min(dim=1).values
 
 
 def _centred_directions(features: Tensor) -> Tensor:

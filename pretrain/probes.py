@@ -1,34 +1,76 @@
-"""What the encoder has learnt so far, asked of a fixed set of slices: which sequence is this?
+"""What the encoder has learnt so far, asked of a fixed set of slices: which sequence is this, and what else is known.
 
-Sequence types are labels that every store has for free. Slices of half of the subjects are a memory, those of the other
-half are asked: the label of a slice is the one that most of its nearest neighbours in the memory have (cosine; among
-labels with equally many, the larger summed similarity, paper sec. 4.6). Beside it stand the same question asked of raw
-intensities, and the floor: always saying what is most frequent in the memory.
+Sequence types are labels that every store has for free; others come from label tables. Slices of half of the subjects
+are a memory, those of the other half are asked. The class of a slice is the one that most of its nearest neighbours in
+the memory have (cosine; among classes with equally many, the larger summed similarity, paper sec. 4.6); a number is
+their mean. Beside each answer stand the same question asked of raw intensities, and the floor: always saying what is
+most frequent in the memory, or its median.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from braindino.manifest import UNKNOWN_SEQUENCE
+from braindino.label_table import Label, labels_of, read_labels
+from braindino.manifest import UNKNOWN_SEQUENCE, Scan
 from braindino.pretrain.randomness import numpy_generator
 from braindino.slice_store import SliceStore
 from braindino.splits import split_subjects
 from braindino.vision_transformer import VisionTransformer
 
+SEQUENCE = "sequence"
 # Slices as 32 x 32 means: what intensities alone tell.
 COARSE = 32
 MIDDLE = 128
+# Numbers with more different values than this are ages and the like, not codes of classes.
+MAX_NUMERIC_CLASSES = 10
+MIN_SUBJECTS = 4
 _BATCH = 32
 
 
-class KnnProbe:
-    """Nearest-neighbour accuracy for the sequence type, on slices near the middle of the brain."""
+class Question(NamedTuple):
+    """Something that is known of some of the slices.
 
-    def __init__(self, store: SliceStore, usable: np.ndarray, *, num_slices: int, k: int, seed: int) -> None:
+    Attributes:
+        name: the metric it becomes: ``knn_NAME`` for classes (accuracy), ``mae_NAME`` for numbers (mean absolute
+            error in the label's unit).
+        known: (n,) bool, of which slices.
+        is_asked: (n,) bool, which slices are asked; the others are the memory.
+        answers: (n,) class numbers (int64) or numbers (float32); anything where unknown.
+        intensity: what raw intensities reach.
+        floor: what the most frequent class, or the median, of the memory reaches.
+    """
+
+    name: str
+    known: Tensor
+    is_asked: Tensor
+    answers: Tensor
+    intensity: float = float("nan")
+    floor: float = float("nan")
+
+
+class NothingToAskError(ValueError):
+    """None of the questions can be asked of a store; says why."""
+
+
+class KnnProbe:
+    """Nearest-neighbour answers on slices near the middle of the brain."""
+
+    def __init__(
+        self,
+        store: SliceStore,
+        usable: np.ndarray,
+        *,
+        num_slices: int,
+        k: int,
+        seed: int,
+        labels: Mapping[str, Mapping[str, Label]] | None = None,
+    ) -> None:
         """
         Args:
             store: the store that is learnt from.
@@ -36,30 +78,52 @@ class KnnProbe:
             num_slices: at most so many are looked at, from as many scans as possible.
             k: neighbours.
             seed: chooses scans and subjects.
+            labels: further questions, name -> scan_id -> label, as :func:`read_probe_labels` gives them.
 
         Raises:
-            ValueError: see :func:`why_not`.
+            NothingToAskError: none of the questions can be asked; those that cannot beside others are in ``unasked``.
         """
-        reason = why_not(store, usable)
-        if reason:
-            raise ValueError(f"no kNN probe: {reason}")
         self.k = k
-        indices = _choose(store, usable, num_slices, seed)
-        scans = [store.scan_of(int(index)) for index in indices]
-        subjects = sorted({scan.subject_key for scan in scans})
+        self.unasked: list[str] = []
+        """Questions that the store or the tables do not allow, and why."""
+        scans = [store.scans[row] for row in np.unique(store.scan_index[usable])]
+        named = {SEQUENCE: sequence_labels(scans), **(labels or {})}
+        asked_of: dict[str, Mapping[str, Label]] = {}
+        for name, known in named.items():
+            if reason := why_not(scans, known):
+                self.unasked.append(f"{name}: {reason}")
+            else:
+                asked_of[name] = known
+        if not asked_of:
+            raise NothingToAskError("; ".join(self.unasked))
+        known_of = {scan.scan_id for scan in scans if any(scan.scan_id in known for known in asked_of.values())}
+        self.indices = _choose(store, usable, known_of, num_slices, seed)
+        """Slices that are looked at."""
+        self.scans = [store.scan_of(index) for index in self.indices]
+        """The scan of each."""
+        subjects = sorted({scan.subject_key for scan in self.scans})
         asked = set(split_subjects(subjects, test_fraction=0.5, seed=seed)[1])
-        self._is_asked = torch.tensor([scan.subject_key in asked for scan in scans])
-        names = sorted({scan.sequence for scan in scans})
-        self._labels = torch.tensor([names.index(scan.sequence) for scan in scans])
-        self._slices = torch.from_numpy(np.stack([store.read_float16(int(index)) for index in indices]))[:, None]
-        memory, asked_for = self._labels[~self._is_asked], self._labels[self._is_asked]
-        most = int(torch.bincount(memory).argmax())
-        self.floor = float((asked_for == most).float().mean())
+        self.is_asked = torch.tensor([scan.subject_key in asked for scan in self.scans])
+        """Whether each is asked; the others are the memory."""
+        self._slices = torch.from_numpy(np.stack([store.read_float16(index) for index in self.indices]))[:, None]
         coarse = F.adaptive_avg_pool2d(self._slices.float(), COARSE).flatten(1)
-        self.intensity = self._accuracy(coarse - coarse.mean(dim=0))[0]
+        coarse = coarse - coarse.mean(dim=0)
+        self.questions: list[Question] = []
+        for name, known in asked_of.items():
+            try:
+                question = _question(name, [known.get(scan.scan_id) for scan in self.scans], self.is_asked)
+            except ValueError as error:
+                self.unasked.append(f"{name}: {error}")
+                continue
+            self.questions.append(
+                question._replace(intensity=self._answer(question, coarse)[0], floor=_floor(question))
+            )
+        if not self.questions:
+            raise NothingToAskError("; ".join(self.unasked))
 
     def measure(self, encoder: VisionTransformer, device: torch.device) -> dict[str, float]:
-        """Accuracy of the encoder's CLS features, mean cosine distance to the nearest neighbour, and both references.
+        """What the encoder's CLS features reach in each question, both references, and the mean cosine distance to the
+        nearest neighbour, as rows of metrics name them.
 
         The encoder is left in the mode in which it came; no random number is drawn.
         """
@@ -69,44 +133,116 @@ class KnnProbe:
             features = torch.cat([encoder(part.to(device).float()).cls.float() for part in self._slices.split(_BATCH)])
         encoder.train(training)
         # Features of an untrained encoder share nearly all of their direction; what tells them apart is the rest.
-        accuracy, distance = self._accuracy((features - features.mean(dim=0)).cpu())
-        return {
-            "probe_knn_sequence": accuracy,
-            "probe_knn_sequence_intensity": self.intensity,
-            "probe_knn_sequence_floor": self.floor,
-            "probe_neighbour_distance": distance,
-        }
+        features = (features - features.mean(dim=0)).cpu()
+        row: dict[str, float] = {}
+        for question in self.questions:
+            answer, distance = self._answer(question, features)
+            row.setdefault("probe_neighbour_distance", distance)
+            row |= {
+                f"probe_{question.name}": answer,
+                f"probe_{question.name}_intensity": question.intensity,
+                f"probe_{question.name}_floor": question.floor,
+            }
+        return row
 
-    def _accuracy(self, features: Tensor) -> tuple[float, float]:
+    def _answer(self, question: Question, features: Tensor) -> tuple[float, float]:
+        """Accuracy or mean absolute error, and the mean cosine distance to the nearest neighbour."""
         unit = F.normalize(features, dim=1)
-        similarity = unit[self._is_asked] @ unit[~self._is_asked].T
+        asked, memory = question.known & question.is_asked, question.known & ~question.is_asked
+        similarity = unit[asked] @ unit[memory].T
         nearest = similarity.topk(min(self.k, similarity.shape[1]), dim=1)
-        labels = self._labels[~self._is_asked][nearest.indices]
-        of_label = F.one_hot(labels, int(self._labels.max()) + 1)
-        votes, similarities = of_label.sum(dim=1), (of_label * nearest.values[..., None]).sum(dim=1)
-        most = votes == votes.max(dim=1, keepdim=True).values
-        said = similarities.masked_fill(~most, -torch.inf).argmax(dim=1)
-        accuracy = (said == self._labels[self._is_asked]).float().mean()
-        return float(accuracy), float((1 - nearest.values[:, 0]).mean())
+        answers = question.answers[memory][nearest.indices]
+        truth = question.answers[asked]
+        if answers.is_floating_point():
+            result = (answers.mean(dim=1) - truth).abs().mean()
+        else:
+            of_class = F.one_hot(answers, int(question.answers.max()) + 1)
+            votes, similarities = of_class.sum(dim=1), (of_class * nearest.values[..., None]).sum(dim=1)
+            most = votes == votes.max(dim=1, keepdim=True).values
+            result = (similarities.masked_fill(~most, -torch.inf).argmax(dim=1) == truth).float().mean()
+        return float(result), float((1 - nearest.values[:, 0]).mean())
 
 
-def why_not(store: SliceStore, usable: np.ndarray) -> str:
-    """What keeps the probe from being made of this store; empty where nothing does."""
-    scans = [store.scans[row] for row in np.unique(store.scan_index[usable])]
-    known = [scan for scan in scans if scan.sequence != UNKNOWN_SEQUENCE]
-    if len({scan.sequence for scan in known}) < 2:
-        return "the slices are of fewer than two known sequences"
-    if len({scan.subject_key for scan in known}) < 4:
-        return "the slices are of fewer than four subjects"
+def sequence_labels(scans: Sequence[Scan]) -> dict[str, Label]:
+    """scan_id -> sequence type, of the scans whose type is known."""
+    return {scan.scan_id: Label(scan.sequence, scan.path) for scan in scans if scan.sequence != UNKNOWN_SEQUENCE}
+
+
+def read_probe_labels(tables: Sequence[str], scans: Sequence[Scan]) -> dict[str, dict[str, Label]]:
+    """Column -> scan_id -> label, of settings ``column=table`` (see :func:`braindino.label_table.read_labels`).
+
+    Raises:
+        ValueError: a setting has another form, a table cannot be read or lacks the column, or knows none of the scans.
+    """
+    read: dict[str, dict[str, Label]] = {}
+    for setting in tables:
+        column, equals, table = setting.partition("=")
+        if not (column and equals and table) or column in (SEQUENCE, *read):
+            raise ValueError(
+                f"probe_labels: found {setting!r}; expected column=table, such as sex=participants.tsv, each column "
+                f"once, and not {SEQUENCE!r}, which is asked anyhow"
+            )
+        labels = labels_of(scans, read_labels([Path(table)], column))
+        if not labels:
+            raise ValueError(
+                f"probe_labels: {table} has a {column!r} for none of the scans; its subjects must be those of the "
+                f"store, such as {scans[0].subject!r} of cohort {scans[0].cohort!r}"
+            )
+        read[column] = labels
+    return read
+
+
+def why_not(scans: Sequence[Scan], labels: Mapping[str, Label]) -> str:
+    """What keeps a question from being asked of these scans; empty where nothing does."""
+    known = [scan for scan in scans if scan.scan_id in labels]
+    if len({labels[scan.scan_id].text for scan in known}) < 2:
+        return "all known slices have one and the same answer" if known else "it is known of no slice"
+    subjects = len({scan.subject_key for scan in known})
+    if subjects < MIN_SUBJECTS:
+        return f"it is known of {subjects} subjects, and {MIN_SUBJECTS} are needed"
     return ""
 
 
-def _choose(store: SliceStore, usable: np.ndarray, num_slices: int, seed: int) -> Sequence[int]:
+def _question(name: str, labels: Sequence[Label | None], is_asked: Tensor) -> Question:
+    """Classes, or numbers where the labels are numbers with many different values.
+
+    Raises:
+        ValueError: memory or questions are empty, or the memory knows one class alone.
+    """
+    known = torch.tensor([label is not None for label in labels])
+    texts = [label.text for label in labels if label is not None]
+    values = sorted(set(texts))
+    if len(values) > MAX_NUMERIC_CLASSES and all(_is_number(value) for value in values):
+        answers, kind = torch.tensor([float(label.text) if label else 0.0 for label in labels]), "mae"
+    else:
+        answers, kind = torch.tensor([values.index(label.text) if label else 0 for label in labels]), "knn"
+    memory = answers[known & ~is_asked]
+    if not (known & is_asked).any() or len(memory.unique()) < 2:
+        raise ValueError("it is known of too few subjects for a memory with two answers and somebody to ask")
+    return Question(f"{kind}_{name}", known, is_asked, answers)
+
+
+def _floor(question: Question) -> float:
+    memory = question.answers[question.known & ~question.is_asked]
+    truth = question.answers[question.known & question.is_asked]
+    if memory.is_floating_point():
+        return float((truth - memory.median()).abs().mean())
+    return float((truth == torch.bincount(memory).argmax()).float().mean())
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
+
+
+def _choose(store: SliceStore, usable: np.ndarray, scan_ids: set[str], num_slices: int, seed: int) -> list[int]:
     """Slices nearest to the middle of their scans, one of each scan in turn."""
     by_scan: dict[int, list[int]] = {}
     for index in usable[np.argsort(store.scan_index[usable], kind="stable")]:
         by_scan.setdefault(int(store.scan_index[index]), []).append(int(index))
-    rows = [row for row in by_scan if store.scans[row].sequence != UNKNOWN_SEQUENCE]
+    rows = [row for row in by_scan if store.scans[row].scan_id in scan_ids]
     rows = [rows[i] for i in numpy_generator(seed, 0, "probe").permutation(len(rows))][:num_slices]
     ordered = [sorted(by_scan[row], key=lambda index: abs(store.position_of(index) - MIDDLE)) for row in rows]
     each = -(-num_slices // len(rows))

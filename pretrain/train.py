@@ -62,6 +62,7 @@ from braindino.pretrain.exposure import record_exposure
 from braindino.pretrain.guards import StepGuard, suspects
 from braindino.pretrain.initialization import resolve_layer_norm_eps, start_from
 from braindino.pretrain.interruption import stop_on_signal
+from braindino.pretrain.maps import TeacherMaps
 from braindino.pretrain.optimizer import (
     build_adamw,
     clip_gradients,
@@ -71,7 +72,7 @@ from braindino.pretrain.optimizer import (
     update_teacher,
 )
 from braindino.pretrain.parallel import Distillation, Mode, choose_mode, load_optimizer_state, whole_state
-from braindino.pretrain.probes import KnnProbe, why_not
+from braindino.pretrain.probes import KnnProbe, NothingToAskError, read_probe_labels
 from braindino.pretrain.progress import draw_progress
 from braindino.pretrain.randomness import torch_generator
 from braindino.pretrain.recipes import RECIPES
@@ -84,6 +85,7 @@ from braindino.pretrain.sampling import (
     share_lines,
 )
 from braindino.pretrain.schedules import build_schedules, effective_lr
+from braindino.pretrain.trackers import Trackers
 from braindino.pretrain.views import build_views
 from braindino.progress import track
 from braindino.slice_store import SliceStore
@@ -241,11 +243,23 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
             teacher_temperature_iterations=config.loss.teacher_temperature_iterations,
         )
         metrics_path = config.out / "metrics.jsonl"
-        probe, alarms = None, None
-        if processes.is_main and stopwatch is None:
-            probe = build_probe(config, store, sampler.indices, mode=mode)
-            before = [row for row in read_metrics(metrics_path) if row["iteration"] <= start]
-            alarms = CollapseAlarms(config.model.num_prototypes, before=before)
+        probe, maps, alarms, trackers = None, None, None, None
+        with main_process_first(processes):
+            if processes.is_main and stopwatch is None:
+                probe = build_probe(config, store, sampler.indices, mode=mode)
+                if config.probe_every and config.probe_maps and mode != "fsdp":
+                    maps = TeacherMaps(config.out, store, sampler.indices, number=config.probe_maps, start=start)
+                before = [row for row in read_metrics(metrics_path) if row["iteration"] <= start]
+                alarms = CollapseAlarms(config.model.num_prototypes, before=before)
+                trackers = stack.enter_context(
+                    Trackers(
+                        config.out,
+                        tensorboard=config.tensorboard,
+                        wandb_project=config.wandb_project,
+                        config=config_to_dict(config),
+                        start=start,
+                    )
+                )
         if processes.is_main:
             record_exposure(
                 config.out / "encoder",
@@ -421,13 +435,18 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
                 )
             # The terms of a skipped step are no numbers, and were said above.
             if processes.is_main and not findings.last_is_bad:
-                if probe is not None and (probe_now or is_last or done == 1):
-                    row |= probe.measure(teacher.encoder, device)
+                if config.probe_every and (probe_now or is_last or done == 1):
+                    if probe is not None:
+                        row |= probe.measure(teacher.encoder, device)
+                    if maps is not None:
+                        maps.look(teacher.encoder, done)
                     last_time += time.perf_counter() - now
                 if alarms is not None and (raised := alarms.check(row)):
                     row["alarms"] = [alarm.kind for alarm in raised]
                     print(*(f"ALARM {alarm.message}" for alarm in raised), sep="\n", flush=True)
                 append_metrics(metrics_path, row)
+                if trackers is not None:
+                    trackers.log(row)
 
             # ---- save
             if save_now:
@@ -459,13 +478,22 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
 
 def build_probe(config: PretrainConfig, store: SliceStore, usable: np.ndarray, *, mode: Mode) -> KnnProbe | None:
     """The probe of a run, or None, saying why, where its store or its processes do not allow one."""
+    labels = read_probe_labels(config.probe_labels, store.scans)
     if not config.probe_every:
         return None
-    reason = "student and teacher are sharded" if mode == "fsdp" else why_not(store, usable)
-    if reason:
-        print(f"no kNN probe: {reason}", flush=True)
+    if mode == "fsdp":
+        print("no kNN probe: student and teacher are sharded", flush=True)
         return None
-    return KnnProbe(store, usable, num_slices=config.probe_slices, k=config.probe_k, seed=config.seed)
+    try:
+        probe = KnnProbe(
+            store, usable, num_slices=config.probe_slices, k=config.probe_k, seed=config.seed, labels=labels
+        )
+    except NothingToAskError as error:
+        print(f"no kNN probe: {error}", flush=True)
+        return None
+    for line in probe.unasked:
+        print(f"the kNN probe does not ask for {line}", flush=True)
+    return probe
 
 
 def describe(

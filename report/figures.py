@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from braindino.patch_maps import edge
 from braindino.report.markup import THEME
-from braindino.report.similarity import edge
 
 INK, SOFT, LINE, NEUTRAL = (THEME[name][0] for name in ("ink", "soft", "line", "neutral"))
 SERIES = tuple(THEME[f"series-{number}"][0] for number in (1, 2, 3, 4))

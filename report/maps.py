@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from braindino import patch_maps
 from braindino.manifest import Scan, load_brain, read_scans
-from braindino.report import figures, similarity
+from braindino.report import figures
 from braindino.report.markup import Html, drawing, element, figure, picture
 from braindino.report.sections import Content, make_content
 from braindino.slices import axial_slices
@@ -38,13 +39,13 @@ def maps_section(root: Path) -> Content:
     if label_path is not None:
         labels, affine = load_labels(label_path)
         if labels.any():
-            index = similarity.tumour_slice(labels > 0, affine, cube.affine, cube.shape[2])
-            tumour = similarity.axial_labels(labels, affine, cube.affine, index, cube.shape) > 0
+            index = patch_maps.tumour_slice(labels > 0, affine, cube.affine, cube.shape[2])
+            tumour = patch_maps.axial_labels(labels, affine, cube.affine, index, cube.shape) > 0
     image = axial_slices(cube, [index])[0]
 
     pretrained = load_encoder(weights.parent)
     encoders = {"pretrained": pretrained, "untrained": load_encoder(f"{UNTRAINED_PREFIX}{weights.parent}")}
-    points = similarity.reference_points(image, pretrained.patch_size, tumour)
+    points = patch_maps.reference_points(image, pretrained.patch_size, tumour)
     cells = _map_cells(image, points, encoders, names=_point_names(points, scan.sequence))
     grid = element("div", *cells, class_="maps", style=f"grid-template-columns: 6.5rem repeat({len(points) + 1}, 1fr)")
     place = "the middle of the brain" if tumour is None else "where the tumour is largest"
@@ -73,7 +74,7 @@ def maps_section(root: Path) -> Content:
 
 def _map_cells(
     image: np.ndarray,
-    points: Sequence[similarity.ReferencePoint],
+    points: Sequence[patch_maps.ReferencePoint],
     encoders: Mapping[str, VisionTransformer],
     *,
     names: Sequence[str],
@@ -88,18 +89,18 @@ def _map_cells(
         marked = figures.mark_patch(grey, point.row, point.column, patch_size)
         cells.append(picture(figures.png(marked), alt=f"The slice, reference patch framed: {name}"))
     cells.append(picture(figures.png(grey), alt="The slice"))
-    foreground = similarity.foreground_patches(image, patch_size)
+    foreground = patch_maps.foreground_patches(image, patch_size)
     for word, encoder in encoders.items():
-        patches = similarity.encode_patches(encoder, image)
+        patches = patch_maps.encode_patches(encoder, image)
         cells.append(element("div", word, element("small", encoder.name), class_="row"))
         for point, name in zip(points, names, strict=True):
-            values = similarity.similarity_map(patches, patches[point.row, point.column])
-            pixels = figures.similarity_picture(similarity.upsample(values, image.shape), image)
+            values = patch_maps.similarity_map(patches, patches[point.row, point.column])
+            pixels = figures.similarity_picture(patch_maps.upsample(values, image.shape), image)
             pixels = figures.mark_patch(pixels, point.row, point.column, patch_size)
             low, high = values[foreground].min(), values[foreground].max()
             alt = f"{word} encoder: similarity with the {name} patch, {low:.2f} to {high:.2f} over the tissue"
             cells.append(picture(figures.png(pixels), alt=alt))
-        colours = similarity.upsample(similarity.pca_map(patches, foreground), image.shape) * (image != 0)[..., None]
+        colours = patch_maps.upsample(patch_maps.pca_map(patches, foreground), image.shape) * (image != 0)[..., None]
         cells.append(picture(figures.png(colours), alt=f"{word} encoder: principal components of the patch tokens"))
     return cells
 
@@ -122,7 +123,7 @@ def _scan_to_look_at(root: Path, scans: Sequence[Scan]) -> tuple[Scan | None, Pa
     return None, None
 
 
-def _point_names(points: Sequence[similarity.ReferencePoint], sequence: str) -> list[str]:
+def _point_names(points: Sequence[patch_maps.ReferencePoint], sequence: str) -> list[str]:
     """Names for readers: on T1-weighted scans CSF is darkest, and white matter brightest."""
     tissue = (
         {"darkest": "darkest (CSF-like)", "brightest": "brightest (white-matter-like)"}

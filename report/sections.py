@@ -298,11 +298,10 @@ def pretraining_section(root: Path) -> Content:
             ["fingerprint of the slices", element("code", encoder.get("data_fingerprint") or "not stated")],
         ]
         parts += [element("h3", "Encoder"), table(["", ""], facts_of_encoder)]
-    progress = run / "progress.png"
-    if progress.is_file():
-        files.append(progress)
-        parts.append(details("progress.png, as the run drew it", _gallery([progress], class_="wide")))
-    return make_content(root, parts, files, linked=[path for path in files if path != progress])
+    pictures = [path for path in (run / "progress.png", run / "maps.png") if path.is_file()]
+    for path in pictures:
+        parts.append(details(f"{path.name}, as the run drew it", _gallery([path], class_="wide")))
+    return make_content(root, parts, [*files, *pictures], linked=files)
 
 
 def segmentation_section(root: Path) -> Content:

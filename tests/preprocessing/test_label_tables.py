@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas
 import pytest
 
-from braindino.downstream.labels import labels_of
-from braindino.downstream.labels import read_labels as read_for_heads
+from braindino.label_table import labels_of
+from braindino.label_table import read_labels as read_for_heads
 from braindino.manifest import Scan, write_scans
 from braindino.preprocessing.cohort_table import load_cohort
 from braindino.preprocessing.labels import main, read_labels

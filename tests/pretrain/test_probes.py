@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from braindino.label_table import Label
 from braindino.manifest import Scan
 from braindino.metrics_log import read_metrics
 from braindino.pretrain.alarms import PATIENCE, CollapseAlarms
-from braindino.pretrain.probes import KnnProbe, why_not
+from braindino.pretrain.probes import KnnProbe, NothingToAskError, read_probe_labels
 from braindino.pretrain.train import main
 from braindino.slice_store import SliceStore, SliceStoreWriter
 from braindino.vision_transformer import Tokens
@@ -70,7 +71,7 @@ def test_memory_and_questions_share_no_subject_and_slices_are_near_the_middle(st
     slices = {opened.read_float16(i).tobytes(): i for i in range(len(opened))}
     chosen = [slices[part.numpy().tobytes()] for part in probe._slices[:, 0]]
     assert {opened.position_of(i) for i in chosen} == {120} and len({opened.scan_of(i).path for i in chosen}) == 16
-    sides = [{opened.scan_of(i).subject for i, a in zip(chosen, probe._is_asked, strict=True) if a == side}
+    sides = [{opened.scan_of(i).subject for i, a in zip(chosen, probe.is_asked, strict=True) if a == side}
              for side in (True, False)]  # fmt: skip
     assert sides[0].isdisjoint(sides[1]) and all(sides)
 
@@ -79,22 +80,83 @@ def test_accuracy_equals_a_hand_loop_with_ties_to_the_larger_summed_similarity(s
     probe = probe_of(store, k=4)
     features = torch.randn(32, 5, generator=torch.Generator().manual_seed(1))
     right = 0
-    asked, memory = (probe._is_asked == side for side in (True, False))
-    for query, label in zip(features[asked], probe._labels[asked].tolist(), strict=True):
+    asked, memory = (probe.is_asked == side for side in (True, False))
+    for query, label in zip(features[asked], probe.questions[0].answers[asked].tolist(), strict=True):
         cosines = [float(torch.cosine_similarity(query, other, dim=0)) for other in features[memory]]
         nearest = sorted(range(len(cosines)), key=lambda i: -cosines[i])[:4]
-        labels = [int(probe._labels[memory][i]) for i in nearest]
+        labels = [int(probe.questions[0].answers[memory][i]) for i in nearest]
         pairs = [(own, cosines[i]) for i, own in zip(nearest, labels, strict=True)]
         scores = {(labels.count(each), sum(cosine for own, cosine in pairs if own == each), each) for each in labels}
         right += max(scores)[2] == label
-    assert probe._accuracy(features)[0] == pytest.approx(right / int(asked.sum()))
+    assert probe._answer(probe.questions[0], features)[0] == pytest.approx(right / int(asked.sum()))
 
 
 def test_a_store_of_one_sequence_cannot_be_probed(tmp_path) -> None:
     opened = SliceStore(make_store(tmp_path / "store", sequences=("T1",)))
-    assert "fewer than two known sequences" in why_not(opened, np.arange(len(opened)))
-    with pytest.raises(ValueError, match="fewer than two known sequences"):
+    with pytest.raises(NothingToAskError, match="sequence: all known slices have one and the same answer"):
         KnnProbe(opened, np.arange(len(opened)), num_slices=16, k=3, seed=0)
+
+
+def labels_in(folder: Path, table: str) -> Path:
+    path = folder / "labels.csv"
+    path.write_text(table)
+    return path
+
+
+def test_labels_of_a_table_are_asked_as_classes_or_numbers(store, tmp_path) -> None:
+    opened = SliceStore(store)
+    rows = [f"s{n},{'f' if n % 2 else 'm'},{20.5 + n}" for n in range(8)]
+    table = labels_in(tmp_path, "\n".join(["subject,sex,age", *rows]))
+    labels = read_probe_labels([f"sex={table}", f"age={table}"], opened.scans)
+    probe = KnnProbe(opened, np.arange(len(opened)), num_slices=64, k=2, seed=0, labels=labels)
+    # Eight ages are few enough to be codes of classes; as numbers they are asked below.
+    assert [question.name for question in probe.questions] == ["knn_sequence", "knn_sex", "knn_age"]
+    number = torch.tensor([int(scan.subject[1:]) for scan in probe.scans])
+    by_sex = torch.nn.functional.one_hot(number % 2, 2).float()
+    sex, age = probe.questions[1:]
+    assert probe._answer(sex, by_sex)[0] == 1.0
+    assert probe._answer(age, by_sex)[0] == 0.0  # no asked subject has the age of one in the memory
+
+
+def test_numbers_are_answered_by_the_mean_of_the_neighbours(store) -> None:
+    opened = SliceStore(store)
+    ages = {
+        scan.scan_id: Label(str(30 + int(scan.subject[1:]) + 0.25 * (scan.sequence == "T2")), "here")
+        for scan in opened.scans
+    }
+    probe = KnnProbe(opened, np.arange(len(opened)), num_slices=64, k=1000, seed=0, labels={"age": ages})
+    (question,) = [question for question in probe.questions if question.name == "mae_age"]
+    values = np.array([float(ages[scan.scan_id].text) for scan in probe.scans])
+    asked = probe.is_asked.numpy()
+    expected = np.abs(values[asked] - values[~asked].mean()).mean()
+    features = torch.randn(len(values), 3, generator=torch.Generator().manual_seed(0))
+    assert probe._answer(question, features)[0] == pytest.approx(expected, rel=1e-5)
+    median = np.sort(values[~asked])[(np.count_nonzero(~asked) - 1) // 2]
+    assert question.floor == pytest.approx(np.abs(values[asked] - median).mean(), rel=1e-5)
+
+
+def test_a_question_that_cannot_be_asked_leaves_the_others(store, tmp_path) -> None:
+    opened = SliceStore(store)
+    table = labels_in(tmp_path, "subject,site\ns0,a\ns1,b\n")
+    labels = read_probe_labels([f"site={table}"], opened.scans)
+    probe = KnnProbe(opened, np.arange(len(opened)), num_slices=16, k=3, seed=0, labels=labels)
+    assert probe.unasked == ["site: it is known of 2 subjects, and 4 are needed"]
+    assert [question.name for question in probe.questions] == ["knn_sequence"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("labels.csv", r"expected column=table, such as sex=participants\.tsv"),
+        ("sequence={table}", "not 'sequence', which is asked anyhow"),
+        ("sex={table}", "has a 'sex' for none of the scans; its subjects must be those of the store, such as 's0'"),
+        ("age={table}", "no label table has a column 'age'"),
+    ],
+)
+def test_label_settings_that_lead_nowhere_are_refused(store, tmp_path, setting: str, message: str) -> None:
+    table = labels_in(tmp_path, "subject,sex\nsomebody,f\n")
+    with pytest.raises(ValueError, match=message):
+        read_probe_labels([setting.format(table=table)], SliceStore(store).scans)
 
 
 def run(store: Path, out: Path, *more: str) -> list[dict]:
@@ -129,7 +191,21 @@ def test_a_run_in_order_raises_none(store, tmp_path) -> None:
 
 
 def row_of(iteration: int, **changes: float) -> dict[str, float]:
-    return {"iteration": iteration, "teacher_std": 0.3, "feature_rank": 5.0, "prototype_entropy": 4.0, **changes}
+    sound = {"teacher_std": 0.3, "feature_rank": 5.0, "prototype_entropy": 4.0, "teacher_entropy": 3.0}
+    return {"iteration": iteration, **sound, "neighbour_distance": 0.4, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"neighbour_distance": 1e-3}, "few_points"),
+        ({"teacher_entropy": float(np.log(128))}, "uniform_teacher"),
+        ({"teacher_std": 0.0}, "same_features"),
+    ],
+)
+def test_each_sign_has_its_alarm(changes: dict[str, float], kind: str) -> None:
+    alarms = CollapseAlarms(128, before=[row_of(1, **changes)])
+    assert [alarm.kind for alarm in alarms.check(row_of(1 + PATIENCE, **changes))] == [kind]
 
 
 def test_an_alarm_needs_patience_is_told_once_and_again_after_recovery() -> None:

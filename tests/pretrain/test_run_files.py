@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 
@@ -95,9 +96,15 @@ def test_a_broken_line_in_the_middle_of_metrics_is_an_error(tmp_path: Path) -> N
 
 def test_progress_is_drawn_from_metrics(tmp_path: Path) -> None:
     names = "dino_global dino_local ibot loss teacher_entropy prototype_entropy feature_std feature_rank lr koleo"
-    names += " grad_norm_encoder grad_norm_dino_head grad_norm_ibot_head"
+    names += " grad_norm_encoder grad_norm_dino_head grad_norm_ibot_head neighbour_distance slices_per_second"
     rows = [
         {"iteration": i, "expected_initial_loss": 9.0, **dict.fromkeys(names.split(), 1.0 / i)} for i in range(1, 5)
     ]
     draw_progress(rows, tmp_path / "progress.png", num_prototypes=64, title="a run")
-    assert (tmp_path / "progress.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    plain = matplotlib.image.imread(tmp_path / "progress.png")
+    for name in ("knn_sequence", "mae_age"):
+        rows[-1] |= {f"probe_{name}{part}": 0.5 for part in ("", "_intensity", "_floor")}
+    rows[-1] |= {"probe_neighbour_distance": 0.1, **{f"dino_cohort/c{i}": float(i) for i in range(20)}}
+    draw_progress(rows, tmp_path / "progress.png", num_prototypes=64, title="a run with probes and cohorts")
+    # Seven panels in four columns, then eleven in six.
+    assert matplotlib.image.imread(tmp_path / "progress.png").shape[1] == plain.shape[1] * 6 // 4

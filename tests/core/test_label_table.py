@@ -1,8 +1,8 @@
 import pytest
 
 from braindino.downstream.evaluation import select_cases
-from braindino.downstream.labels import labels_of, read_labels
 from braindino.downstream.tasks import TASKS
+from braindino.label_table import labels_of, read_labels
 from braindino.manifest import Scan
 
 

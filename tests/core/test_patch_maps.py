@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from braindino.report.similarity import (
+from braindino.patch_maps import (
     ReferencePoint,
     axial_labels,
     encode_patches,
