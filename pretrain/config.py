@@ -274,6 +274,9 @@ class PretrainConfig:
     """Slices of that set."""
     probe_k: int = 5
     """Neighbours."""
+    probe_subjects: Path | None = None
+    """List of the subjects that are asked, as in exclude_subjects: they are kept out of training like those, and the
+    memory is made of the others. Without it half of the subjects are asked, all of whom the run learns from."""
     probe_labels: tuple[str, ...] = ()
     """What else to ask of them, as `column=table`, such as `sex=participants.tsv age=ages.csv`; tables as for
     `braindino evaluate`. More than ten different numbers are a quantity (mean absolute error), all else is classes."""
@@ -327,7 +330,7 @@ class PretrainConfig:
 
 
 # Settings that may differ between a run and its resumption: they say where and how, not what is computed. The store and
-# the excluded subjects are compared by their content instead of by their paths, and of the division of the batch only
+# the subjects kept out are compared by their content instead of by their paths, and of the division of the batch only
 # the global batch counts.
 RUNTIME_SETTINGS = frozenset(
     {
@@ -348,6 +351,7 @@ RUNTIME_SETTINGS = frozenset(
         "probe_slices",
         "probe_k",
         "probe_labels",
+        "probe_subjects",
         "probe_maps",
         "tensorboard",
         "wandb_project",

@@ -31,25 +31,25 @@ class Exclusion(NamedTuple):
         return [f"{len(self.joined)} subjects that are not on the list are left out with it: {', '.join(named)}{more}"]
 
 
-def read_exclusion(path: Path, scans: Sequence[Scan], *, crosswalk: Crosswalk | None = None) -> Exclusion:
-    """The subjects of a list (`braindino split` writes one), and those of the store that `braindino audit` would take
+def read_exclusion(*paths: Path, scans: Sequence[Scan], crosswalk: Crosswalk | None = None) -> Exclusion:
+    """The subjects of lists (`braindino split` writes one), and those of the store that `braindino audit` would take
     for one of them.
 
     What the audit finds between the listed subjects and the other scans is kept out as well, by the same function:
     other ids of one person (`crosswalk`, certain and probable), equal voxels, and scans that look the same. So a run
-    with the list is audited clean against the listed subjects.
+    with the lists is audited clean against the listed subjects.
 
     Args:
-        path: one `cohort/subject` per line.
+        paths: one `cohort/subject` per line.
         scans: of the store.
         crosswalk: ids of one person in several cohorts; by default the rules in `braindino/crosswalks` alone.
 
     Raises:
-        ValueError: a line is no `cohort/subject`, or none of the subjects is among the scans under any id (so that a
-            list with misspelt names cannot pass for an exclusion).
+        ValueError: a line is no `cohort/subject`, or none of the subjects of a list is among the scans under any id (so
+            that a list with misspelt names cannot pass for an exclusion).
     """
-    subjects = read_subjects(path)
-    listed = frozenset(subjects)
+    of_list = {path: read_subjects(path) for path in paths}
+    listed = frozenset(subject for subjects in of_list.values() for subject in subjects)
     held_out = [scan for scan in scans if scan.subject_key in listed]
     others = [scan for scan in scans if scan.subject_key not in listed]
     # Listed subjects without a scan here are known by their ids alone; another id of theirs may be in the store.
@@ -57,15 +57,18 @@ def read_exclusion(path: Path, scans: Sequence[Scan], *, crosswalk: Crosswalk | 
     parts = [key.partition("/") for key in absent]
     held_out += [Scan("", cohort, subject) for cohort, _, subject in parts]
     joined: dict[str, str] = {}
+    found = {scan.subject_key for scan in held_out if scan.path}
     for overlap in find_overlaps(Exposure(tuple(held_out)), others, crosswalk or Crosswalk()):
         why = f"{overlap.kind} as {overlap.seen.subject_key}, {overlap.certainty}"
         joined.setdefault(overlap.scan.subject_key, why)
-    if listed and len(absent) == len(listed) and not joined:
-        known = sorted({scan.subject_key for scan in scans})
-        raise ValueError(
-            f"{path}: none of its {len(subjects)} subjects is in the store (first: {subjects[0]!r}; the store has "
-            f"{known[:3]}...); check the cohort names"
-        )
+        found.add(overlap.seen.subject_key)
+    for path, subjects in of_list.items():
+        if subjects and found.isdisjoint(subjects):
+            known = sorted({scan.subject_key for scan in scans})
+            raise ValueError(
+                f"{path}: none of its {len(subjects)} subjects is in the store (first: {subjects[0]!r}; the store has "
+                f"{known[:3]}...); check the cohort names"
+            )
     return Exclusion(
         subjects=listed | set(joined),
         sha256=hashlib.sha256("\n".join(sorted(listed)).encode()).hexdigest(),

@@ -1,13 +1,13 @@
 """What the encoder has learnt so far, asked of a fixed set of slices: which sequence is this, and what else is known.
 
 Sequence types are labels that every store has for free; others come from label tables. Slices of half of the subjects
-are a memory, those of the other half are asked. The class of a slice is the one that most of its nearest neighbours in
-the memory have (cosine; among classes with equally many, the larger summed similarity, paper sec. 4.6); a number is
-their mean. Beside each answer stand the same question asked of raw intensities, and the floor: always saying what is
-most frequent in the memory, or its median.
+are a memory, those of the other half are asked; or those asked are named, and kept out of training. The class of a
+slice is the one that most of its nearest neighbours in the memory have (cosine; among classes with equally many, the
+larger summed similarity, paper sec. 4.6); a number is their mean. Beside each answer stand the same question asked of
+raw intensities, and the floor: always saying what is most frequent in the memory, or its median.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +70,7 @@ class KnnProbe:
         k: int,
         seed: int,
         labels: Mapping[str, Mapping[str, Label]] | None = None,
+        asked: Collection[str] | None = None,
     ) -> None:
         """
         Args:
@@ -79,10 +80,15 @@ class KnnProbe:
             k: neighbours.
             seed: chooses scans and subjects.
             labels: further questions, name -> scan_id -> label, as :func:`read_probe_labels` gives them.
+            asked: subjects (`cohort/subject`) that are asked, whose slices need not be usable; None: half of those of
+                the usable slices.
 
         Raises:
             NothingToAskError: none of the questions can be asked; those that cannot beside others are in ``unasked``.
         """
+        if asked is not None:
+            held_out = np.array([scan.subject_key in set(asked) for scan in store.scans])
+            usable = np.union1d(usable, np.flatnonzero(held_out[store.scan_index]))
         self.k = k
         self.unasked: list[str] = []
         """Questions that the store or the tables do not allow, and why."""
@@ -101,9 +107,10 @@ class KnnProbe:
         """Slices that are looked at."""
         self.scans = [store.scan_of(index) for index in self.indices]
         """The scan of each."""
-        subjects = sorted({scan.subject_key for scan in self.scans})
-        asked = set(split_subjects(subjects, test_fraction=0.5, seed=seed)[1])
-        self.is_asked = torch.tensor([scan.subject_key in asked for scan in self.scans])
+        if asked is None:
+            subjects = sorted({scan.subject_key for scan in self.scans})
+            asked = split_subjects(subjects, test_fraction=0.5, seed=seed)[1]
+        self.is_asked = torch.tensor([scan.subject_key in set(asked) for scan in self.scans])
         """Whether each is asked; the others are the memory."""
         self._slices = torch.from_numpy(np.stack([store.read_float16(index) for index in self.indices]))[:, None]
         coarse = F.adaptive_avg_pool2d(self._slices.float(), COARSE).flatten(1)

@@ -89,6 +89,7 @@ from braindino.pretrain.trackers import Trackers
 from braindino.pretrain.views import build_views
 from braindino.progress import track
 from braindino.slice_store import SliceStore
+from braindino.splits import read_subjects
 from braindino.vision_transformer import VisionTransformer
 from braindino.weights import load_encoder, save_encoder
 
@@ -159,8 +160,8 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
             assert config.store is not None
             store = SliceStore(config.store)
             exclusion = None
-            if config.exclude_subjects is not None:
-                exclusion = read_exclusion(config.exclude_subjects, store.scans, crosswalk=Crosswalk(config.crosswalk))
+            if lists := [path for path in (config.exclude_subjects, config.probe_subjects) if path is not None]:
+                exclusion = read_exclusion(*lists, scans=store.scans, crosswalk=Crosswalk(config.crosswalk))
             weights = scan_weights(
                 store.scans,
                 by_cohort=config.sampling.by_cohort,
@@ -479,6 +480,7 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
 def build_probe(config: PretrainConfig, store: SliceStore, usable: np.ndarray, *, mode: Mode) -> KnnProbe | None:
     """The probe of a run, or None, saying why, where its store or its processes do not allow one."""
     labels = read_probe_labels(config.probe_labels, store.scans)
+    asked = None if config.probe_subjects is None else frozenset(read_subjects(config.probe_subjects))
     if not config.probe_every:
         return None
     if mode == "fsdp":
@@ -486,7 +488,13 @@ def build_probe(config: PretrainConfig, store: SliceStore, usable: np.ndarray, *
         return None
     try:
         probe = KnnProbe(
-            store, usable, num_slices=config.probe_slices, k=config.probe_k, seed=config.seed, labels=labels
+            store,
+            usable,
+            num_slices=config.probe_slices,
+            k=config.probe_k,
+            seed=config.seed,
+            labels=labels,
+            asked=asked,
         )
     except NothingToAskError as error:
         print(f"no kNN probe: {error}", flush=True)

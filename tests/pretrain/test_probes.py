@@ -1,5 +1,6 @@
 """The kNN probe against a hand loop and planted features; alarms on real collapse and on none."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from braindino.label_table import Label
+from braindino.leakage import read_exposure
 from braindino.manifest import Scan
 from braindino.metrics_log import read_metrics
 from braindino.pretrain.alarms import PATIENCE, CollapseAlarms
@@ -133,6 +135,21 @@ def test_numbers_are_answered_by_the_mean_of_the_neighbours(store) -> None:
     assert probe._answer(question, features)[0] == pytest.approx(expected, rel=1e-5)
     median = np.sort(values[~asked])[(np.count_nonzero(~asked) - 1) // 2]
     assert question.floor == pytest.approx(np.abs(values[asked] - median).mean(), rel=1e-5)
+
+
+def test_subjects_named_are_asked_and_kept_out_of_training(store, tmp_path) -> None:
+    path = tmp_path / "asked.txt"
+    path.write_text("c/s1\nc/s6\n")
+    opened = SliceStore(store)
+    others = np.array([i for i in range(len(opened)) if opened.scan_of(i).subject not in ("s1", "s6")])
+    probe = KnnProbe(opened, others, num_slices=64, k=3, seed=0, asked={"c/s1", "c/s6"})
+    assert {scan.subject for scan, asked in zip(probe.scans, probe.is_asked, strict=True) if asked} == {"s1", "s6"}
+    assert len({scan.subject for scan, asked in zip(probe.scans, probe.is_asked, strict=True) if not asked}) == 6
+    rows = run(store, tmp_path / "run", "--iterations", "2", "--probe-every", "2", "--probe-subjects", str(path))
+    assert "probe_knn_sequence" in rows[-1]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["excluded_subjects"]["subjects"] == ["c/s1", "c/s6"] and record["num_slices"] == 48
+    assert {scan.subject for scan in read_exposure(tmp_path / "run").scans} == {"s0", "s2", "s3", "s4", "s5", "s7"}
 
 
 def test_a_question_that_cannot_be_asked_leaves_the_others(store, tmp_path) -> None:

@@ -183,7 +183,7 @@ def listed(folder: Path, *subjects: str) -> Path:
 
 def test_excluded_subjects_are_never_drawn(tmp_path: Path) -> None:
     scans = [scan(subject, sequence=sequence) for subject in "abcd" for sequence in ("T1", "T2")]
-    exclusion = read_exclusion(listed(tmp_path, "site/b", "", "site/d", "site/not-here"), scans)
+    exclusion = read_exclusion(listed(tmp_path, "site/b", "", "site/d", "site/not-here"), scans=scans)
     assert exclusion.subjects == {"site/b", "site/d", "site/not-here"}
     assert exclusion.joined == {} and exclusion.lines() == []
     weights = scan_weights(scans, by_cohort={}, by_sequence={}, excluded=exclusion.subjects)
@@ -195,9 +195,9 @@ def test_excluded_subjects_are_never_drawn(tmp_path: Path) -> None:
 def test_an_exclusion_list_that_excludes_nobody_is_refused(tmp_path: Path) -> None:
     scans = [scan("a"), scan("b")]
     with pytest.raises(ValueError, match=r"none of its 1 subjects is in the store \(first: 'sites/b'"):
-        read_exclusion(listed(tmp_path, "sites/b"), scans)
+        read_exclusion(listed(tmp_path, "sites/b"), scans=scans)
     with pytest.raises(ValueError, match="found 'b'; expected cohort/subject"):
-        read_exclusion(listed(tmp_path, "b"), scans)
+        read_exclusion(listed(tmp_path, "b"), scans=scans)
 
 
 def test_who_is_the_same_person_under_another_id_is_excluded_and_told(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_who_is_the_same_person_under_another_id_is_excluded_and_told(tmp_path: 
     path = listed(
         tmp_path, "test/TCGA-02-0003", "test/9", "site/sub-1", "upenn/UPENN-GBM-00001", "brats21/BraTS2021_00008"
     )
-    exclusion = read_exclusion(path, scans, crosswalk=Crosswalk([table]))
+    exclusion = read_exclusion(path, scans=scans, crosswalk=Crosswalk([table]))
     assert exclusion.joined == {
         "tcga-gbm/TCGA-02-0003-01": "same_subject_by_crosswalk as test/TCGA-02-0003, certain",
         "brats/BraTS2021_00007": "same_subject_by_crosswalk as upenn/UPENN-GBM-00001, certain",
@@ -231,12 +231,12 @@ def test_who_is_the_same_person_under_another_id_is_excluded_and_told(tmp_path: 
     tested = [Scan("", *key.split("/")) for key in exclusion.subjects]
     assert find_overlaps(Exposure(tuple(left)), tested, Crosswalk([table])) == []
     # Without the table the built-in rules alone decide.
-    assert "brats/BraTS2021_00007" not in read_exclusion(path, scans).subjects
+    assert "brats/BraTS2021_00007" not in read_exclusion(path, scans=scans).subjects
 
 
 def test_a_list_whose_subjects_are_in_the_store_under_other_ids_alone_is_an_exclusion(tmp_path: Path) -> None:
     path = listed(tmp_path, "test/TCGA-02-0003")
-    assert read_exclusion(path, [scan("TCGA-02-0003", cohort="tcga-gbm"), scan("1")]).subjects == {
+    assert read_exclusion(path, scans=[scan("TCGA-02-0003", cohort="tcga-gbm"), scan("1")]).subjects == {
         "test/TCGA-02-0003",
         "tcga-gbm/TCGA-02-0003",
     }
