@@ -21,9 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Scores of one piece, student's and teacher's together. On a GPU the products of a piece must fill the device; on a CPU
-# smaller pieces stay nearer to the cache (benchmarks/RESULTS.md).
+# Scores of one piece, student's and teacher's together: the products of a piece must fill the device, and each reads
+# all prototypes anew.
 PIECE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+
+# What is made of the scores is made of a strip of a piece at a time: on a CPU of what its cache holds.
+STRIP_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
 
 # Scores of all rows in the precision of the products, held while the teacher is centred and nothing else is.
 KEPT_BYTES = {"cuda": 4 << 30, "cpu": 1 << 30}
@@ -80,8 +83,10 @@ def sinkhorn_offset(
         iterations: of scaling columns, then rows.
         all_reduce: log-sum-exp of its argument over all processes; None for one process.
     """
-    # Sinkhorn's row scaling c and column scaling r in logarithms, see losses.sinkhorn_knopp. One pass over the rows
-    # serves an iteration: a piece holds whole rows, so c of its rows is known before they count towards the next r.
+    # Sinkhorn's column scaling r is exp(offset), see losses.sinkhorn_knopp. A softmax over the prototypes scales the
+    # rows; the columns of its result then say by how much r falls short. From the second iteration on no column
+    # vanishes: after the first, z = logits + offset has exp(z) summing to 1 over each column, so that every column has
+    # an exp(z) of 1 / N or more and no row sums to more than K.
     offset = torch.zeros(len(prototypes), device=features.device)
     weight = _as_computed(prototypes)
     # Nothing of the student is held yet, so there is room to keep the products of the first iteration for the others.
@@ -89,15 +94,21 @@ def sinkhorn_offset(
     keep = iterations > 1 and weight.element_size() * len(features) * len(prototypes) <= room
     kept: dict[int, Tensor] = {}
     for iteration in range(iterations):
-        total = torch.full_like(offset, -torch.inf)
+        total = torch.full_like(offset, -torch.inf if iteration == 0 else 0.0)
         for piece in _pieces(len(features), len(prototypes), features.device):
             products = kept[piece.start] if piece.start in kept else features[piece].to(weight.dtype) @ weight.T
             if keep:
                 kept[piece.start] = products
-            logits = products.float() / temperature
-            if iteration:
-                logits -= torch.logsumexp(logits + offset, dim=1, keepdim=True)
-            total = torch.logaddexp(total, torch.logsumexp(logits, dim=0))
+            if iteration == 0:
+                for columns in _strips(len(prototypes), len(products), features.device):
+                    logits = products[:, columns].float() / temperature
+                    total[columns] = torch.logaddexp(total[columns], torch.logsumexp(logits, dim=0))
+            else:
+                for strip in _strips(len(products), len(prototypes), features.device):
+                    logits = torch.add(offset, products[strip].float(), alpha=1 / temperature)
+                    total += torch.softmax(logits, dim=1).sum(dim=0)
+        if iteration:
+            total = total.log() - offset
         offset = -(all_reduce(total) if all_reduce is not None else total)
     return offset
 
@@ -145,33 +156,34 @@ class _PrototypeLoss(torch.autograd.Function):
             rows = torch.empty(student.shape[:2], device=student.device)
             entropy = torch.empty(features.shape[:2], device=student.device)
             usage = torch.zeros(num_prototypes, device=student.device)
-            per_row = num_prototypes * (len(student) + 2 * len(features))
+            per_row = num_prototypes * (len(student) + len(features))
             for piece in _pieces(num_rows, per_row, student.device):
-                q = _scores(features[:, piece], teacher_weight, teacher.temperature)
-                q += teacher.offset
-                log_norm = torch.logsumexp(q, dim=-1, keepdim=True)
-                # Entropy of softmax(z): logsumexp(z) - sum p z.
-                p = torch.exp(q - log_norm)
-                entropy[:, piece] = log_norm[..., 0] - torch.linalg.vecdot(p, q)
-                usage += p.sum(dim=(0, 1))
-                for group, shares in _groups(targets):
-                    target = _mixture(p, shares)
-                    scores = _scores(student[group, piece], weight, temperature)
-                    norm = torch.logsumexp(scores, dim=-1, keepdim=True)
-                    rows[group, piece] = norm[..., 0] - torch.linalg.vecdot(scores, target.expand_as(scores))
-                    if weight_gradient is None:
-                        continue
-                    # In place: scores become softmax, then the gradient of the logits.
-                    gradient = scores.sub_(norm).exp_().sub_(target)
-                    gradient *= weights[group, piece, None] / temperature
-                    gradient = gradient.to(weight.dtype)
-                    student_gradient[group, piece] = (gradient @ weight).float()
-                    flat = gradient.flatten(0, 1)
-                    seen = student[group, piece].flatten(0, 1).to(weight.dtype)
-                    if weight.dtype == torch.float32:
-                        weight_gradient.addmm_(flat.T, seen)
-                    else:
-                        weight_gradient += flat.T @ seen
+                scores = student[:, piece].to(weight.dtype) @ weight.T
+                teacher_scores = features[:, piece].to(weight.dtype) @ teacher_weight.T
+                for strip in _strips(scores.shape[1], per_row, student.device):
+                    here = slice(piece.start + strip.start, piece.start + strip.stop)
+                    z = torch.add(teacher.offset, teacher_scores[:, strip].float(), alpha=1 / teacher.temperature)
+                    log_norm = torch.logsumexp(z, dim=-1, keepdim=True)
+                    # Entropy of softmax(z): logsumexp(z) - sum p z.
+                    p = torch.exp(z - log_norm)
+                    entropy[:, here] = log_norm[..., 0] - torch.linalg.vecdot(p, z)
+                    usage += p.sum(dim=(0, 1))
+                    for group, shares in _groups(targets):
+                        target = _mixture(p, shares)
+                        s = scores[group, strip].float() / temperature
+                        norm = torch.logsumexp(s, dim=-1, keepdim=True)
+                        rows[group, here] = norm[..., 0] - torch.linalg.vecdot(s, target.expand_as(s))
+                        # The scores are not read again: the gradient of the logits takes their place.
+                        gradient = s.sub_(norm).exp_().sub_(target).mul_(weights[group, here, None] / temperature)
+                        scores[group, strip] = gradient
+                if weight_gradient is None:
+                    continue
+                student_gradient[:, piece] = (scores @ weight).float()
+                flat, seen = scores.flatten(0, 1), student[:, piece].flatten(0, 1).to(weight.dtype)
+                if weight.dtype == torch.float32:
+                    weight_gradient.addmm_(flat.T, seen)
+                else:
+                    weight_gradient += flat.T @ seen
             usage /= features.shape[0] * num_rows
             loss = (rows * weights).sum()
         ctx.save_for_backward(student_gradient, weight_gradient)
@@ -190,11 +202,6 @@ class _PrototypeLoss(torch.autograd.Function):
         )
 
 
-def _scores(features: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """(..., K) float32 logits / temperature."""
-    return (features.to(weight.dtype) @ weight.T).float().div_(temperature)
-
-
 def _as_computed(prototypes: Tensor) -> Tensor:
     """The prototypes in the precision of matrix products: autocast does not reach into an autograd function."""
     device = prototypes.device.type
@@ -208,6 +215,13 @@ def _pieces(num_rows: int, per_row: int, device: torch.device) -> Iterator[slice
     size = max(1, -(-num_rows // count))
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
+
+
+def _strips(length: int, per_row: int, device: torch.device) -> Iterator[slice]:
+    """Slices of so many rows (or columns), each with scores of about STRIP_BYTES."""
+    size = max(1, STRIP_BYTES.get(device.type, STRIP_BYTES["cpu"]) // (4 * per_row))
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
 
 
 def _groups(targets: tuple[tuple[float, ...], ...]) -> Iterator[tuple[slice, tuple[float, ...]]]:

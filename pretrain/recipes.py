@@ -35,6 +35,7 @@ DEBUG = PretrainConfig(
     probe_every=0,
     log_every=1,
     num_workers=0,
+    tensorboard=False,
     model=ModelConfig(
         architecture="vit_tiny", drop_path=0.2, num_prototypes=128, head_hidden_dim=64, head_bottleneck_dim=32
     ),

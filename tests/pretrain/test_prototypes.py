@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from braindino.pretrain import prototypes as module
 from braindino.pretrain.losses import dino_loss, ibot_loss, sinkhorn_knopp
@@ -172,24 +173,47 @@ def test_autocast_computes_products_in_bfloat16_and_sums_in_float32() -> None:
     assert F.cosine_similarity(gradient.flatten(), plain.flatten(), dim=0) > 0.99
 
 
-def test_the_scores_of_all_rows_are_never_held_at_once(monkeypatch) -> None:
-    seen = []
-    scores = module._scores
-    monkeypatch.setattr(module, "PIECE_BYTES", {"cpu": 4 * K * 3 * 4})
+class _Largest(TorchDispatchMode):
+    """The largest number of values that any operation returns."""
 
-    def measured(*arguments):
-        result = scores(*arguments)
-        seen.append(result.numel())
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.values = max(self.values, result.numel())
         return result
 
-    monkeypatch.setattr(module, "_scores", measured)
+
+def test_the_scores_of_all_rows_are_never_held_at_once(monkeypatch) -> None:
+    monkeypatch.setattr(module, "PIECE_BYTES", {"cpu": 4 * K * 2 * 4})
     features = unit(1, M, WIDTH, seed=26)
-    prototype_loss(
-        features,
-        weight(27).requires_grad_(),
-        Teacher(features, weight(28), torch.zeros(K), 0.05),
-        targets=((1.0,),),
-        weights=torch.ones(1, M),
-        temperature=0.1,
-    )
-    assert sum(seen) == 2 * M * K and max(seen) <= 4 * K
+    prototypes, teacher = weight(27).requires_grad_(), Teacher(features, weight(28), torch.zeros(K), 0.05)
+    with _Largest() as largest:
+        prototype_loss(
+            features, prototypes, teacher, targets=((1.0,),), weights=torch.ones(1, M), temperature=0.1
+        )
+    assert M > 4 and largest.values == max(4 * K, WIDTH * K)
+
+
+@pytest.mark.parametrize("strip", [1, 3 * 2 * K * 4, 1 << 22])
+def test_strips_of_any_size_give_the_same_loss_and_offset(monkeypatch, strip: int) -> None:
+    features = unit(1, M, WIDTH, seed=26)
+    prototypes, teacher_prototypes = weight(27).requires_grad_(), weight(28)
+
+    def results() -> tuple[torch.Tensor, ...]:
+        offset = sinkhorn_offset(features[0], teacher_prototypes, temperature=0.05)
+        loss = prototype_loss(
+            features,
+            prototypes,
+            Teacher(features, teacher_prototypes, offset, 0.05),
+            targets=((1.0,),),
+            weights=torch.ones(1, M),
+            temperature=0.1,
+        )
+        return offset, loss.rows, loss.entropy, loss.usage, *torch.autograd.grad(loss.loss, prototypes)
+
+    whole = results()
+    monkeypatch.setattr(module, "STRIP_BYTES", {"cpu": strip})
+    for found, expected in zip(results(), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -89,6 +89,14 @@ def test_a_run_leaves_its_files_and_finite_falling_losses(straight: Path) -> Non
     assert [path.name for path in checkpoint_folders(straight)] == ["iteration=000012", "iteration=000008"]
 
 
+def test_an_initial_loss_that_is_not_an_untrained_networks_is_noticed(store: Path, tmp_path: Path, capsys) -> None:
+    options = ("--iterations", "1", "--loss.student-temperature")
+    assert main([*arguments(store, tmp_path / "sharp", *options, "0.01")]) == 0
+    assert "NOTICE: the initial loss is " in capsys.readouterr().out
+    assert main([*arguments(store, tmp_path / "as-usual", *options, "0.1")]) == 0
+    assert "NOTICE" not in capsys.readouterr().out
+
+
 def test_the_encoder_file_is_the_teacher_of_the_newest_checkpoint(straight: Path, store: Path) -> None:
     checkpoint = load_newest_checkpoint(straight)
     assert checkpoint is not None
