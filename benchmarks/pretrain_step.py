@@ -1,4 +1,4 @@
-"""One training step, ours beside others: images a second, peak memory, and where the time goes; ratios last.
+"""One training step, ours beside others: seconds, processor seconds, peak memory, where the time goes; ratios last.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/pretrain_step.py                        CPU: ViT-S, 16 slices
     python benchmarks/pretrain_step.py --model vit_base --batch 256 --steps 20        a GPU: the paper's setting
@@ -8,8 +8,12 @@ Each side runs in a process of its own, on the same model size, crops (2 x 256, 
     ours     what pretrain/train.py does
     plain    the step as one would first write it: timm's ViT with drop path by multiplication, a pass per crop size,
              all logits held, softmax and Sinkhorn-Knopp on them, AdamW, moving average in a loop over parameters
+    lightly  lightly-train's DINOv2 step (pretrain_step_lightly.py): --lightly-python PATH, a Python that has it
+    dinov3   the official step (pretrain_step_dinov3.py): --dinov3 PATH, a checkout of facebookresearch/dinov3
 
-The slices are noise in the shape of a brain: a step takes the same time whatever it shows.
+The slices are noise in the shape of a brain: a step takes the same time whatever it shows. On a shared machine
+processor time (of all threads, system included) is the steadier witness: run with OMP_WAIT_POLICY=PASSIVE, else waiting
+threads count. --rounds alternates the sides and takes the median of their rounds.
 """
 
 import argparse
@@ -17,12 +21,14 @@ import contextlib
 import itertools
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -36,8 +42,8 @@ from braindino.pretrain.optimizer import build_adamw, clip_gradients, parameter_
 from braindino.pretrain.randomness import numpy_generator, torch_generator
 from braindino.pretrain.views import Views, build_views
 
-SIDES = ("ours", "plain")
-GLOBAL, LOCAL, NUM_LOCAL, GRID = 256, 112, 8, 16
+SIDES = ("ours", "plain", "lightly", "dinov3")
+NUM_LOCAL = 8
 TIMM_NAMES = {"vit_small": "vit_small_patch16_dinov3", "vit_base": "vit_base_patch16_dinov3"}
 
 
@@ -74,16 +80,17 @@ def make_views(options: argparse.Namespace, iteration: int, device: torch.device
     slices[:, 40:216, 60:196] = torch.randn(
         options.batch, 176, 136, generator=torch_generator(0, iteration, "slices")
     ).half()
-    masks = torch.from_numpy(batch_masks(2 * options.batch, (GRID, GRID), rng=numpy_generator(0, iteration, "masks")))
+    grid = (options.crops[0] // 16,) * 2
+    masks = torch.from_numpy(batch_masks(2 * options.batch, grid, rng=numpy_generator(0, iteration, "masks")))
     return build_views(
         slices,
         masks,
-        sizes=(GLOBAL, LOCAL),
+        sizes=tuple(options.crops),
         num_local=NUM_LOCAL,
         global_scale=(0.32, 1.0),
         local_scale=(0.05, 0.32),
         aspect=(3 / 4, 4 / 3),
-        canvas_size=256,
+        canvas_size=256 if options.crops[0] <= 256 else 1024,
         flip_probability=0.5,
         blur_probabilities=(0.0, 0.9, 0.5),
         blur_sigma=(0.1, 2.0),
@@ -238,10 +245,11 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     step = {"ours": our_step, "plain": plain_step}[options.side](options, device, clock)
     for iteration in range(options.warmup):
         step(iteration)
-    start = clock.now()
+    start, start_cpu = clock.now(), time.process_time()
     for iteration in range(options.steps):
         step(iteration)
     seconds = (clock.now() - start) / options.steps
+    cpu_seconds = (time.process_time() - start_cpu) / options.steps
     clock.on = True
     step(0)
     if device.type == "cuda":
@@ -252,6 +260,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     return {
         "device": name,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "rate": options.batch / seconds,
         "peak_gb": peak,
         "stages": clock.seconds,
@@ -263,6 +272,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit_small", choices=sorted(TIMM_NAMES))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prototypes", type=int, default=65_536)
+    parser.add_argument("--crops", type=int, nargs=2, default=[256, 112], metavar=("GLOBAL", "LOCAL"), help="px")
     parser.add_argument("--drop-path", type=float, default=0.2)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
@@ -270,35 +280,69 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=["ours", "plain"], choices=SIDES)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--lightly-python", type=Path)
+    parser.add_argument("--lightly-defaults", action="store_true", help="its shared head and moving centre")
+    parser.add_argument("--dinov3", type=Path, help="checkout of facebookresearch/dinov3")
+    parser.add_argument("--dinov3-python", type=Path, default=Path(sys.executable))
+    parser.add_argument("--json", type=Path, help="write the medians there, too")
+    parser.add_argument("--side", choices=("ours", "plain"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         print(json.dumps(measure(options)))
         return
+    sides = [*options.sides]
+    if options.crops != [256, 112] and (set(sides) - {"ours", "plain"} or options.lightly_python or options.dinov3):
+        parser.error("--crops is for ours and plain; the other sides have 256 and 112 px")
+    for name, needed in (("lightly", options.lightly_python), ("dinov3", options.dinov3)):
+        if needed is None and name in sides:
+            parser.error(f"side {name} needs {'--lightly-python' if name == 'lightly' else '--dinov3'} PATH")
+        if needed is not None and name not in sides:
+            sides.append(name)
     print(f"{options.model}, batch {options.batch}, {options.prototypes:,} prototypes, drop path {options.drop_path:g}")
-    results = {}
-    for side in options.sides:
-        run = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--side", side], stdout=subprocess.PIPE, text=True, check=False
-        )
-        if run.returncode:
-            print(f"{side}: could not run", flush=True)
-            continue
-        results[side] = json.loads(run.stdout.splitlines()[-1])
-        result = results[side]
-        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in result["stages"].items())
-        print(
-            f"{side:<8} {result['seconds']:8.3f} s a step, {result['rate']:8.2f} images/s, "
-            f"peak {result['peak_gb']:.2f} GB ({result['device']}; {stages})",
-            flush=True,
-        )
-    for side, result in results.items():
-        if side != "ours" and "ours" in results:
-            ours = results["ours"]
+    rounds: dict[str, list[dict]] = {side: [] for side in sides}
+    for _ in range(options.rounds):
+        for side in sides:
+            run = subprocess.run(command_of(side, options), stdout=subprocess.PIPE, text=True, check=False)
+            if run.returncode:
+                print(f"{side}: could not run", flush=True)
+                continue
+            result = json.loads(run.stdout.splitlines()[-1])
+            rounds[side].append(result)
+            stages = "".join(f"; {name} {seconds:.2f}" for name, seconds in result["stages"].items())
             print(
-                f"{side} / ours: time {result['seconds'] / ours['seconds']:.2f}, "
-                f"memory {result['peak_gb'] / ours['peak_gb']:.2f}"
+                f"{side:<8} {result['seconds']:8.3f} s a step, {result['cpu_seconds']:8.3f} s of processors, "
+                f"{result['rate']:8.2f} images/s, peak {result['peak_gb']:.2f} GB ({result['device']}{stages})",
+                flush=True,
             )
+    keys = ("seconds", "cpu_seconds", "rate", "peak_gb")
+    medians = {
+        side: {key: statistics.median(result[key] for result in results) for key in keys}
+        for side, results in rounds.items()
+        if results
+    }
+    for side, result in medians.items():
+        if side != "ours" and "ours" in medians:
+            time_, cpu, memory = (result[key] / medians["ours"][key] for key in ("seconds", "cpu_seconds", "peak_gb"))
+            print(f"{side} / ours: time {time_:.2f}, processors {cpu:.2f}, memory {memory:.2f}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(medians))
+
+
+def command_of(side: str, options: argparse.Namespace) -> list[str]:
+    """The process that measures one side."""
+    if side in ("ours", "plain"):
+        return [sys.executable, __file__, *sys.argv[1:], "--side", side]
+    cuda = options.device != "cpu" and torch.cuda.is_available()
+    interpreter = options.lightly_python if side == "lightly" else options.dinov3_python
+    settings = ("model", "batch", "prototypes", "drop_path", "warmup", "steps")
+    command = [str(interpreter), str(Path(__file__).with_name(f"pretrain_step_{side}.py"))]
+    for name in settings:
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    command += ["--device", "cuda" if cuda else "cpu"]
+    if side == "dinov3":
+        return [*command, "--checkout", str(options.dinov3), *(["--compile"] if options.compile else [])]
+    return [*command, *(["--lightly-defaults"] if options.lightly_defaults else [])]
 
 
 if __name__ == "__main__":

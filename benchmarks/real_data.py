@@ -113,8 +113,14 @@ def build_steps(data: Path, out: Path) -> list[Step]:
                 "-f", "all", "-tr", TRAINER, "-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1,
                 environment=results_dir,
             ),
-            verb(f"Dice: {name}", "nnunet", "score", predictions, raw / "labelsTs", "--out", root / name),
         ]  # fmt: skip
+    steps.append(
+        verb(
+            "Dice and HD95, side by side",
+            "segment-eval", *(root / name / "predictions" for name in ENCODERS), "--names", *ENCODERS,
+            "--references", raw / "labelsTs", "--out", root,
+        )
+    )  # fmt: skip
     features = out / "features"
     for name, encoder in {
         **dict(zip(ENCODERS, (run / "encoder", f"untrained:{run / 'encoder'}"), strict=True)),

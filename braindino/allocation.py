@@ -4,7 +4,7 @@ import ctypes
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-_LARGE_BYTES = 4 << 20
+_LARGE_BYTES = 32 << 20
 
 
 def keep_freed_memory() -> None:
@@ -18,12 +18,13 @@ def keep_freed_memory() -> None:
 
 
 def give_back_large_arrays() -> None:
-    """Give arrays of 4 MiB and more a mapping of their own, which goes back to the system with them.
+    """Give arrays of 32 MiB and more a mapping of their own, which goes back to the system with them.
 
     For processes that hold many arrays of many sizes for long: left to itself the C library fills its heap with holes,
     in a training step a third of it (benchmarks/RESULTS.md).
     """
     _set(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+    _set(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _set(parameter: int, value: int) -> None:

@@ -8,9 +8,11 @@ token only attends to tokens of its own sequence.
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 BACKENDS = ("sdpa", "varlen", "xformers")
 """``sdpa``: torch's scaled dot product attention, once per group; any device and dtype.
@@ -44,10 +46,63 @@ def attention(
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (i, i + head_dim / 2) of x (T, heads, head_dim) by their angles, in the table's precision."""
+    """Turn the pairs (i, i + head_dim / 2) of x (T, ..., head_dim) by their angles, in the table's precision.
+
+    rope: (2, T, ..., head_dim) cosines and sines, the same for both halves of head_dim.
+    """
+    turned: torch.Tensor = _Rotate.apply(x, rope)
+    return turned
+
+
+def split_and_rotate(
+    qkv: torch.Tensor, rope: torch.Tensor, *, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(T, 3 * heads * head_dim) -> q and k, turned by their angles, and v, (T, heads, head_dim) each."""
+    return _SplitAndRotate.apply(qkv.unflatten(-1, (3, num_heads, -1)), rope)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rope)
+        return _turned(x, rope)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rope,) = ctx.saved_tensors
+        return _turned(gradient, rope, back=True), None
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    """Keeps nothing of its input, and writes its gradient into one array."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(rope)
+        # As a copy of its own, v does not keep q and k alive from before they were turned.
+        return _turned(qkv[:, 0], rope), _turned(qkv[:, 1], rope), qkv[:, 2].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rope,) = ctx.saved_tensors
+        by_q, by_k, by_v = gradients
+        joined = by_v.new_empty(by_v.shape[0], 3, *by_v.shape[1:])
+        for place, gradient in enumerate((by_q, by_k)):
+            joined[:, place] = _turned(gradient, rope, back=True)
+        joined[:, 2] = by_v
+        return joined, None
+
+
+def _turned(x: torch.Tensor, rope: torch.Tensor, *, back: bool = False) -> torch.Tensor:
     cosines, sines = rope
-    first, second = x.chunk(2, dim=-1)
-    return (x * cosines + torch.cat([-second, first], dim=-1) * sines).to(x.dtype)
+    half = x.shape[-1] // 2
+    sign = -1.0 if back else 1.0
+    turned = x * cosines
+    turned[..., :half].addcmul_(x[..., half:], sines[..., :half], value=-sign)
+    turned[..., half:].addcmul_(x[..., :half], sines[..., half:], value=sign)
+    return turned.to(x.dtype)
 
 
 def attention_of_queries(

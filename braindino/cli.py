@@ -29,7 +29,10 @@ VERBS = {
     "split": Verb("braindino.hold_out", "choose the subjects to hold out, once for every room"),
     "pretrain": Verb("braindino.pretrain.train", "DINOv3-style self-distillation on slices"),
     "export": Verb("braindino.pretrain.export", "an encoder for timm, transformers or DINOv3's loaders, with a card"),
-    "nnunet": Verb("nnunet_braindino.cli", "convert, score and check for the nnU-Net trainers"),
+    "nnunet": Verb("nnunet_braindino.cli", "convert and check for the nnU-Net trainers"),
+    "convert-brats": Verb("nnunet_braindino.convert_brats", "a BraTS training set to an nnU-Net dataset"),
+    "segment": Verb("nnunet_braindino.predict", "whole volumes with a trained model, as nnUNetv2_predict, sooner"),
+    "segment-eval": Verb("nnunet_braindino.segment_eval", "Dice and HD95 of trainers side by side, with intervals"),
     "extract": Verb("braindino.downstream.extract", "features of prepared scans from a frozen encoder"),
     "evaluate": Verb("braindino.downstream.evaluate", "light heads and kNN on features, with intervals"),
     "report": Verb("braindino.report.page", "one page with everything a folder holds"),
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = ["usage: braindino VERB [...]   (braindino VERB -h tells more)", ""]
-    lines += [f"  {name:<12} {verb.summary}" for name, verb in VERBS.items()]
+    lines += [f"  {name:<13} {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(lines)
 
 

@@ -164,7 +164,7 @@ def _task_rows(task: str, summary: Path) -> list[tuple[str, str, str, str, str]]
 
 
 def _segmentation(out: Path, cohort: Path, held_out: Path, pretrained: Path) -> list[Step]:
-    """Convert, plan, then train, predict and score once with each encoder."""
+    """Convert, plan, then train and predict with each encoder, and score both."""
     root = out / "nnunet"
     folders = {
         "nnUNet_raw": str(root / "raw"),
@@ -184,7 +184,8 @@ def _segmentation(out: Path, cohort: Path, held_out: Path, pretrained: Path) -> 
             "nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", "2d", "-np", 1, "-npfp", 1, environment=folders,
         ),
     ]  # fmt: skip
-    for name, encoder in {"pretrained": str(pretrained), "untrained": f"untrained:{pretrained}"}.items():
+    encoders = {"pretrained": str(pretrained), "untrained": f"untrained:{pretrained}"}
+    for name, encoder in encoders.items():
         # One results folder for each encoder: nnU-Net names folders by trainer, and both have the same.
         results = {**folders, "nnUNet_results": str(root / name / "results")}
         predictions = root / name / "predictions"
@@ -199,11 +200,14 @@ def _segmentation(out: Path, cohort: Path, held_out: Path, pretrained: Path) -> 
                 "nnUNetv2_predict", "-d", DATASET_ID, "-i", raw / "imagesTs", "-o", predictions, "-c", "2d", "-f", 0,
                 "-tr", TRAINER, "-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1, environment=results,
             ),
-            verb(
-                f"Dice: {name}",
-                "nnunet", "score", predictions, raw / "labelsTs", "--out", root / name, environment=folders,
-            ),
         ]  # fmt: skip
+    steps.append(
+        verb(
+            "Dice and HD95, side by side",
+            "segment-eval", *(root / name / "predictions" for name in encoders), "--names", *encoders,
+            "--references", raw / "labelsTs", "--out", root,
+        )
+    )  # fmt: skip
     return steps
 
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from braindino.attention import attention_of_queries, rotate
+from braindino.lean_linear import linear
 
 if TYPE_CHECKING:
     from braindino.vision_transformer import Block
@@ -147,18 +147,18 @@ def read_last_block(
     normed = block.norm1(x if plan.keys is None else x[plan.keys])
     width = normed.shape[1]
     weight, bias = attn.qkv.weight, attn.qkv.bias
-    q = F.linear(normed[plan.queries], weight[:width], None if bias is None else bias[:width])
-    kv = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+    q = linear(normed[plan.queries], weight[:width], None if bias is None else bias[:width])
+    kv = linear(normed, weight[width:], None if bias is None else bias[width:])
     k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).unbind(dim=1)
     q = rotate(q.unflatten(-1, (attn.num_heads, -1)), rope[:, plan.queries])
     seen = attention_of_queries(q, rotate(k, rope), v.contiguous(), groups, plan.query_counts, backend=backend)
-    branch = F.linear(seen.flatten(1), *block.ls1.folded(attn.proj))
+    branch = linear(seen.flatten(1), *block.ls1.folded(attn.proj))
     result = x[plan.rows]
     if plan.attention_scale is None:
         result = result + branch
     else:
         result = result.index_add(0, plan.attended, (branch * plan.attention_scale).to(result.dtype))
     if plan.mlp is None or plan.mlp_scale is None:
-        return result + block.mlp(result, norm=block.norm2, scale=block.ls2)
-    branch = block.mlp(result[plan.mlp], norm=block.norm2, scale=block.ls2) * plan.mlp_scale
+        return result + block.mlp(result, norm=block.norm2, out=block.ls2.folded(block.mlp.fc2))
+    branch = block.mlp(result[plan.mlp], norm=block.norm2, out=block.ls2.folded(block.mlp.fc2)) * plan.mlp_scale
     return result.index_add(0, plan.mlp, branch.to(result.dtype))

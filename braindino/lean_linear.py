@@ -13,19 +13,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` of rows x (T, D)."""
+    if not torch.is_grad_enabled():
+        return _linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)
+
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(norm(x), weight, bias)`` of rows x (T, D)."""
     if not torch.is_grad_enabled():
-        return F.linear(norm(x), weight, bias)
+        return _linear(norm(x), weight, bias)
     return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, weight, bias)
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(F.gelu(x), weight, bias)`` of rows x (T, D)."""
     if not torch.is_grad_enabled():
-        return F.linear(F.gelu(x), weight, bias)
+        return _linear(F.gelu(x), weight, bias)
     return _GeluLinear.apply(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        by_weight, by_bias = _of_weights(ctx.needs_input_grad[1:], gradient, x, weight)
+        outer = None
+        if ctx.needs_input_grad[0]:
+            outer = _linear(gradient, weight.to(gradient.dtype).T, None).to(x.dtype)
+        return outer, by_weight, by_bias
 
 
 class _NormLinear(torch.autograd.Function):
@@ -36,7 +62,7 @@ class _NormLinear(torch.autograd.Function):
         normed, mean, rstd = torch.native_layer_norm(x, scale.shape, scale, shift, eps)
         ctx.save_for_backward(x, mean, rstd, scale, shift, weight)
         ctx.eps = eps
-        return F.linear(normed, weight, bias)
+        return _linear(normed, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -44,7 +70,7 @@ class _NormLinear(torch.autograd.Function):
         x, mean, rstd, scale, shift, weight = ctx.saved_tensors
         normed = torch.native_layer_norm(x, scale.shape, scale, shift, ctx.eps)[0]
         by_weight, by_bias = _of_weights(ctx.needs_input_grad[4:], gradient, normed, weight)
-        outer = (gradient @ weight.to(gradient.dtype)).to(x.dtype)
+        outer = _linear(gradient, weight.to(gradient.dtype).T, None).to(x.dtype)
         inner = torch.ops.aten.native_layer_norm_backward(
             outer, x, scale.shape, mean, rstd, scale, shift, list(ctx.needs_input_grad[:3])
         )
@@ -55,7 +81,7 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
+        return _linear(F.gelu(x), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -64,8 +90,17 @@ class _GeluLinear(torch.autograd.Function):
         by_weight, by_bias = _of_weights(ctx.needs_input_grad[1:], gradient, F.gelu(x), weight)
         outer = None
         if ctx.needs_input_grad[0]:
-            outer = torch.ops.aten.gelu_backward((gradient @ weight.to(gradient.dtype)).to(x.dtype), x)
+            outer = torch.ops.aten.gelu_backward(_linear(gradient, weight.to(gradient.dtype).T, None).to(x.dtype), x)
         return outer, by_weight, by_bias
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``. In float32 on a CPU torch gives it to MKL, which on AMD's processors takes a quarter longer than
+    oneDNN, the library that torch's compiler and its half-precision products use (benchmarks/RESULTS.md)."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN and not torch.is_autocast_enabled("cpu"):
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
+    return F.linear(x, weight, bias)
 
 
 def _of_weights(

@@ -1,43 +1,95 @@
-"""scores.json and scores.tsv: Dice per case and region, beside a trivial floor. Owner of the format (version 1)."""
+"""What ``braindino segment-eval`` leaves on disk. Owner of the format (version 2)::
+
+OUT/<predictions>/scores.json     Dice and HD95 per case and region, beside a trivial floor
+OUT/<predictions>/scores.tsv      the same, a row per case
+OUT/scores.tsv                    every number of every set of predictions
+OUT/comparison.tsv                paired tests between them
+
+Files of version 1 hold Dice alone; they are read with everything else not known.
+"""
 
 import json
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from braindino.atomic import write_json
 from braindino.leakage import UNKNOWN
 from braindino.tables import write_table
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 EMPTY_NOTE = "empty in both prediction and reference: no Dice, not counted in the mean"
 FLOOR_NOTE = "Dice of calling every voxel of the brain the region, mean over the same cases"
 
 
 class RegionSummary(NamedTuple):
-    """Over the cases where the Dice of a region is defined; NaN where nothing is."""
+    """Of one metric over the cases where it is defined for a region; NaN where nothing is."""
 
     mean: float
     sd: float
     """Standard deviation over cases (n - 1); NaN for fewer than two."""
     num_cases: int
-    floor: float
-    """What calling the whole brain the region would give; NaN without images to tell where the brain is."""
+    floor: float = math.nan
+    """Dice that calling the whole brain the region would give; NaN without images to tell where the brain is."""
+    median: float = math.nan
+    low: float = math.nan
+    """Lower end of the 95 % interval of the mean, subjects resampled."""
+    high: float = math.nan
+    """Upper end of the interval."""
 
 
-class SegmentationScores(NamedTuple):
-    """The Dice coefficients of one set of predictions."""
+class Comparison(NamedTuple):
+    """A paired test of two sets of predictions on the same cases, at one label ratio: first minus second."""
 
-    cases: dict[str, dict[str, float]]
-    """case -> region -> Dice; NaN where the region is empty in both."""
-    summary: dict[str, RegionSummary]
-    """region -> mean over cases."""
+    metric: str
+    region: str
+    ratio: float
+    first: str
+    second: str
+    difference: float
+    low: float
+    high: float
+    p_bootstrap: float
+    p_sign_flip: float
+    num_cases: int
+    num_subjects: int
+    num_one_sided: int
+    """Cases left out because the metric is defined for one of the two only."""
+    p_bootstrap_holm: float = math.nan
+    p_sign_flip_holm: float = math.nan
+
+
+@dataclass(frozen=True)
+class SegmentationScores:
+    """What one set of predictions reached.
+
+    Attributes:
+        cases: case -> region -> Dice; NaN where it is not defined.
+        summary: region -> Dice over cases.
+        pretraining_overlap: what of the test subjects the encoder has seen in pretraining
+            (``leakage.check_test_scans``).
+        hd95: case -> region -> 95th percentile of the Hausdorff distance in mm; NaN where it is not defined.
+        hd95_summary: region -> HD95 over cases.
+        subject_of: case -> subject; cases of one subject are drawn together.
+        checkpoint: which checkpoint made the predictions, and how that is known.
+        notes: name -> text: how the numbers are defined, and what holds for empty masks.
+    """
+
+    cases: Mapping[str, Mapping[str, float]]
+    summary: Mapping[str, RegionSummary]
     pretraining_overlap: str = UNKNOWN
-    """What of the test subjects the encoder has seen in pretraining (``leakage.check_test_scans``)."""
+    hd95: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    hd95_summary: Mapping[str, RegionSummary] = field(default_factory=dict)
+    subject_of: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: str = UNKNOWN
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_scores(scores: SegmentationScores, out_dir: str | Path) -> None:
-    """Write ``scores.json`` (summary and cases, null where undefined) and ``scores.tsv`` (one row per case)."""
+    """Write ``scores.json`` (summaries and cases, null where undefined) and ``scores.tsv`` (one row per case)."""
     write_json(
         Path(out_dir) / "scores.json",
         {
@@ -45,42 +97,78 @@ def write_scores(scores: SegmentationScores, out_dir: str | Path) -> None:
             "metric": "Dice",
             "undefined": EMPTY_NOTE,
             "floor": FLOOR_NOTE,
+            **scores.notes,
+            "checkpoint": scores.checkpoint,
             "pretraining_overlap": scores.pretraining_overlap,
-            "regions": {
-                name: {
-                    "mean": _or_null(row.mean),
-                    "sd": _or_null(row.sd),
-                    "cases": row.num_cases,
-                    "floor": _or_null(row.floor),
-                }
-                for name, row in scores.summary.items()
-            },
-            "cases": {case: {name: _or_null(dice) for name, dice in row.items()} for case, row in scores.cases.items()},
+            "regions": {name: _summary_entry(row) for name, row in scores.summary.items()},
+            "regions_hd95_mm": {name: _summary_entry(row) for name, row in scores.hd95_summary.items()},
+            "subjects": dict(scores.subject_of),
+            "cases": _cases_entry(scores.cases),
+            "cases_hd95_mm": _cases_entry(scores.hd95),
         },
     )
-    names = list(scores.summary)
-    rows = [[case, *(_cell(row[name]) for name in names)] for case, row in scores.cases.items()]
-    write_table(Path(out_dir) / "scores.tsv", ["case", *names], rows)
+    regions = list(scores.summary)
+    columns = ["case", "subject", *(f"{name} Dice" for name in regions), *(f"{name} HD95 (mm)" for name in regions)]
+    rows = [
+        [
+            case,
+            scores.subject_of.get(case, case),
+            *(_cell(row[name], 4) for name in regions),
+            *(_cell(scores.hd95.get(case, {}).get(name, math.nan), 2) for name in regions),
+        ]
+        for case, row in scores.cases.items()
+    ]
+    write_table(Path(out_dir) / "scores.tsv", columns, rows)
+
+
+def write_overview(scores: Mapping[str, SegmentationScores], ratios: Mapping[str, float], path: str | Path) -> None:
+    """Write a row per set of predictions, metric and region.
+
+    Args:
+        scores: by the name of the predictions.
+        ratios: name -> share of the labels that was trained on.
+        path: the table.
+    """
+    rows = [
+        [name, f"{ratios[name]:g}", metric, region, row.num_cases, *(_cell(getattr(row, key), 4) for key in _NUMBERS)]
+        for name, each in scores.items()
+        for metric, summary in (("Dice", each.summary), ("HD95 (mm)", each.hd95_summary))
+        for region, row in summary.items()
+    ]
+    write_table(path, ["predictions", "label_ratio", "metric", "region", "cases", *_NUMBERS], rows)
+
+
+def write_comparisons(rows: Sequence[Comparison], path: str | Path) -> None:
+    """Write a row per paired test."""
+    cells = [[_cell(v, 5) if isinstance(v, float) else v for v in row] for row in rows]
+    write_table(path, Comparison._fields, cells)
 
 
 def read_scores(path: str | Path) -> SegmentationScores:
-    """The scores in a ``scores.json``.
+    """The scores in a ``scores.json`` of this version or an older one.
 
     Raises:
-        ValueError: it is another file, or of another version.
+        ValueError: it is another file, or of a newer version.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content["version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {content['version']}; this program reads version {FORMAT_VERSION}")
-        summary = {
-            name: RegionSummary(_or_nan(row["mean"]), _or_nan(row["sd"]), row["cases"], _or_nan(row["floor"]))
-            for name, row in content["regions"].items()
-        }
-        cases = {case: {name: _or_nan(dice) for name, dice in row.items()} for case, row in content["cases"].items()}
+        if content["version"] not in READABLE_VERSIONS:
+            raise ValueError(
+                f"format version {content['version']}; this program reads versions "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}"
+            )
+        return SegmentationScores(
+            cases=_cases(content["cases"]),
+            summary=_summaries(content["regions"]),
+            pretraining_overlap=content.get("pretraining_overlap", UNKNOWN),
+            hd95=_cases(content.get("cases_hd95_mm", {})),
+            hd95_summary=_summaries(content.get("regions_hd95_mm", {})),
+            subject_of=dict(content.get("subjects", {})),
+            checkpoint=content.get("checkpoint", UNKNOWN),
+            notes={name: text for name, text in content.items() if isinstance(text, str) and name not in _NOT_NOTES},
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}; expected the file that `braindino nnunet score` writes") from error
-    return SegmentationScores(cases, summary, content.get("pretraining_overlap", UNKNOWN))
+        raise ValueError(f"{path}: {error}; expected the file that `braindino segment-eval` writes") from error
 
 
 def format_mean(mean: float, sd: float) -> str:
@@ -90,8 +178,31 @@ def format_mean(mean: float, sd: float) -> str:
     return f"{mean:.3f}" + ("" if math.isnan(sd) else f" ± {sd:.3f}")
 
 
-def _cell(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.4f}"
+_NOT_NOTES = ("metric", "checkpoint", "pretraining_overlap")
+_NUMBERS = ("mean", "sd", "median", "low", "high", "floor")
+
+
+def _summary_entry(row: RegionSummary) -> dict[str, Any]:
+    return {"cases": row.num_cases} | {name: _or_null(getattr(row, name)) for name in _NUMBERS}
+
+
+def _summaries(entries: Mapping[str, Any]) -> dict[str, RegionSummary]:
+    return {
+        name: RegionSummary(num_cases=row["cases"], **{number: _or_nan(row.get(number)) for number in _NUMBERS})
+        for name, row in entries.items()
+    }
+
+
+def _cases_entry(cases: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    return {case: {name: _or_null(value) for name, value in row.items()} for case, row in cases.items()}
+
+
+def _cases(entries: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {case: {name: _or_nan(value) for name, value in row.items()} for case, row in entries.items()}
+
+
+def _cell(value: float, digits: int) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _or_null(value: float) -> float | None:

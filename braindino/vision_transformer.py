@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from braindino.attention import BACKENDS, attention, choose_backend, rotate
+from braindino.attention import BACKENDS, attention, choose_backend, split_and_rotate
 from braindino.last_block import Kept, plan_reading, read_last_block
-from braindino.lean_linear import gelu_linear, norm_linear
+from braindino.lean_linear import gelu_linear, linear, norm_linear
+from braindino.pieces import Piece, add_in_pieces, divide
 
 if TYPE_CHECKING:
     from braindino.weights import InputContract
@@ -61,6 +62,7 @@ class VisionTransformer(nn.Module):
     checkpointing: bool = False
     """Whether training forgets what is inside each block and computes it again in the backward pass: about a third more
     time, a tenth of the memory. The last block of ``forward_read`` is kept."""
+    _compiled: bool = False
     contract: "InputContract | None" = None
     """What the weights expect of their input; set by ``braindino.load_encoder``."""
 
@@ -149,6 +151,7 @@ class VisionTransformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile every block, at its first call; ``forward_read`` computes its part of the last uncompiled."""
+        self._compiled = True
         for block in self.blocks:
             block.compile()
 
@@ -273,7 +276,15 @@ class VisionTransformer(nn.Module):
             place = generator.device if generator is not None else draw_on or x.device
             orders = _draw_orders(groups, attended, 2 * self.depth, place, generator)
             subsets = _subsets_of(orders, groups, x)
-        packing = _Packing(attended, _pack_rope(tables, attended), backend)
+        in_pieces = (
+            x.device.type == "cpu"
+            and not self.checkpointing
+            and not self._compiled
+            and not torch.compiler.is_compiling()
+        )
+        scales = [batch / kept for (batch, _), (kept, _) in zip(groups, attended, strict=True)]
+        pieces = divide(attended, scales) if in_pieces else None
+        packing = _Packing(attended, _pack_rope(tables, attended), backend, pieces)
         return _Start(x, groups, packing, subsets, orders)
 
     def _embed(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -372,8 +383,26 @@ class Block(nn.Module):
         self, x: torch.Tensor, packing: "_Packing", attn_subset: "_Subset | None", mlp_subset: "_Subset | None"
     ) -> torch.Tensor:
         """(T, D) -> (T, D). A subset restricts its branch to some images; ``packing`` is what attention then sees."""
-        x = _add_branch(x, lambda rows: self.attn(rows, packing, norm=self.norm1, scale=self.ls1), attn_subset)
-        return _add_branch(x, lambda rows: self.mlp(rows, norm=self.norm2, scale=self.ls2), mlp_subset)
+
+        # Once for all pieces.
+        attn_out, mlp_out = self.ls1.folded(self.attn.proj), self.ls2.folded(self.mlp.fc2)
+
+        def attend(rows: torch.Tensor, piece: Piece | None = None) -> torch.Tensor:
+            seen = packing if piece is None else packing.of(piece)
+            return cast(torch.Tensor, self.attn(rows, seen, norm=self.norm1, out=attn_out))
+
+        def transform(rows: torch.Tensor, _piece: Piece | None = None) -> torch.Tensor:
+            return cast(torch.Tensor, self.mlp(rows, norm=self.norm2, out=mlp_out))
+
+        if packing.pieces is None:
+            return _add_branch(_add_branch(x, attend, attn_subset), transform, mlp_subset)
+        for branch, modules, out, subset in (
+            (attend, (self.norm1, self.attn.qkv), attn_out, attn_subset),
+            (transform, (self.norm2, self.mlp.fc1), mlp_out, mlp_subset),
+        ):
+            parameters = [*(parameter for module in modules for parameter in module.parameters()), *out]
+            x = add_in_pieces(x, branch, parameters, packing.pieces, rows=None if subset is None else subset.rows)
+        return x
 
 
 class SelfAttention(nn.Module):
@@ -385,14 +414,14 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: torch.Tensor, packing: "_Packing", *, norm: nn.LayerNorm, scale: "LayerScale") -> torch.Tensor:
-        """(T, D) -> (T, D), the norm before and the LayerScale behind it included."""
+    def forward(
+        self, x: torch.Tensor, packing: "_Packing", *, norm: nn.LayerNorm, out: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """(T, D) -> (T, D), the norm before it included; ``out`` is its last map with LayerScale folded into it."""
         qkv = norm_linear(x, norm, self.qkv.weight, self.qkv.bias)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(dim=1)
-        # As a copy of its own, v does not keep q and k alive from before they were turned.
-        q, k, v = rotate(q, packing.rope), rotate(k, packing.rope), v.contiguous()
+        q, k, v = split_and_rotate(qkv, packing.rope, num_heads=self.num_heads)
         seen = attention(q, k, v, packing.groups, backend=packing.backend)
-        return F.linear(seen.flatten(1), *scale.folded(self.proj))
+        return linear(seen.flatten(1), *out)
 
 
 class Mlp(nn.Module):
@@ -403,9 +432,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(embed_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, embed_dim)
 
-    def forward(self, x: torch.Tensor, *, norm: nn.LayerNorm, scale: "LayerScale") -> torch.Tensor:
-        """(T, D) -> (T, D), the norm before and the LayerScale behind it included."""
-        return gelu_linear(norm_linear(x, norm, self.fc1.weight, self.fc1.bias), *scale.folded(self.fc2))
+    def forward(self, x: torch.Tensor, *, norm: nn.LayerNorm, out: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """(T, D) -> (T, D), the norm before it included; ``out`` is its last map with LayerScale folded into it."""
+        return gelu_linear(norm_linear(x, norm, self.fc1.weight, self.fc1.bias), *out)
 
 
 class LayerScale(nn.Module):
@@ -455,6 +484,10 @@ class _Packing(NamedTuple):
     groups: list[tuple[int, int]]
     rope: torch.Tensor  # (2, T, 1, head_dim)
     backend: str
+    pieces: list[Piece] | None  # what a block works on at a time; None = on everything
+
+    def of(self, piece: Piece) -> "_Packing":
+        return _Packing([piece.group], self.rope[:, piece.rows], self.backend, None)
 
 
 class _Subset(NamedTuple):

@@ -246,7 +246,7 @@ def load_heads(path: str | Path) -> dict[str, dict[str, torch.Tensor]]:
     ``load_encoder`` does for a damaged file and for tensors that are not finite.
     """
     file = find_encoder_file(path)
-    content = _read_safetensors(file)[1] if file.suffix == ".safetensors" else _read_pickle(file)
+    content = read_weight_file(file)
     if isinstance(content.get("teacher"), dict):
         content = content["teacher"]
     heads: dict[str, dict[str, torch.Tensor]] = {}
@@ -272,6 +272,14 @@ def read_facts(path_or_name: str | Path) -> dict[str, str]:
     with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
         header = opened.metadata() or {}
     return header if header.get("format") == FORMAT else {}
+
+
+def read_weight_file(file: Path) -> dict[str, Any]:
+    """The dictionary that a .safetensors file or a PyTorch pickle holds, tensors and plain values only.
+
+    Raises ValueError for a damaged file and for one that holds objects that reading could run.
+    """
+    return _read_safetensors(file)[1] if file.suffix == ".safetensors" else _read_pickle(file)
 
 
 def find_encoder_file(path: str | Path) -> Path:

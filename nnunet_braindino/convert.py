@@ -1,75 +1,97 @@
-"""From scans with labels to an nnU-Net raw dataset, every file in LPS so that the slices are those the encoder was
-trained on.
+"""From scans with labels to an nnU-Net raw dataset: the one way that every kind of source takes."""
 
-nnU-Net reads arrays as they are stored and cuts its 2D slices from them, without reorienting. Stored in LPS, slices
-are axial with row 0 anterior and column 0 on the patient's right: the orientation of
-``braindino.slices.axial_slices``.
-"""
-
-import json
-import os
 import re
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-
-from braindino.atomic import write_json
-from braindino.audit import add_fingerprints
-from braindino.leakage import UNKNOWN, Crosswalk, Exposure, check_test_scans
-from braindino.manifest import SEQUENCES, Scan
-from braindino.progress import track
+from braindino.leakage import exposure_of_encoder, read_exposure
+from braindino.manifest import SEQUENCES
 from braindino.splits import read_subjects
-from braindino.volume import load_labels, load_volume, save_array
+from nnunet_braindino import _startup
+from nnunet_braindino.folds import FOLD_SEED, FoldRule, leaking_subjects, make_folds
+from nnunet_braindino.pretraining_overlap import check_against_pretraining, write_overlap
+from nnunet_braindino.raw_dataset import CASES_FILE, Case, Conversion, DatasetForm, Found, LeftOut, write_dataset
 
-TUMOR_LABELS = {"necrotic core": 1, "oedema": 2, "enhancing tumor": 3}
 # Nested, the largest first: nnU-Net paints them in this order. Paper sec. 4.3.1: WT, TC, ET.
 TUMOR_REGIONS = {"whole tumor": (1, 2, 3), "tumor core": (1, 3), "enhancing tumor": (3,)}
 
 LABELS_FOLDER = Path("derivatives") / "tumor"
-RAW_VARIABLE = "nnUNet_raw"
-NUM_FOLDS = 5
-FOLD_SEED = 0
-FILE_ENDING = ".nii.gz"
-
-OVERLAP_FILE = "pretraining_overlap.json"
-
-LabelDefinition = int | tuple[int, ...]
+MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One training or test example: the images of one visit on one grid, and their label map.
+class ConvertOptions:
+    """What every kind of conversion asks for."""
 
-    Attributes:
-        name: nnU-Net's case identifier.
-        subject: ``cohort/subject``; all visits of a subject share it and stay on one side of every split.
-        images: one file per channel, in the order of the channels.
-        labels: the label map, on the grid of the images.
+    dataset_id: int
+    """nnU-Net's number of the dataset, 1 to 999."""
+    test_subjects: Path | None = None
+    """List of cohort/subject, as `braindino split` writes it: these go to imagesTs."""
+    cohort: str | None = None
+    """The part before the slash in that list; by default the folder's name, or the release's cohort."""
+    seed: int = FOLD_SEED
+    """Seed of the folds, which keep all visits of a subject together."""
+    pretrained_on: Path | None = None
+    """Encoder, run or store: test subjects that it has seen are refused, and the scores say what was found. By default
+    the encoder that BRAINDINO_ENCODER names, where that is set; of one that does not say what it has seen, the scores
+    say 'unknown'."""
+    crosswalk: tuple[Path, ...] = ()
+    """Tables that join ids of different cohorts, as for `braindino audit`."""
+    allow_overlap: bool = False
+    """Convert all the same; the scores then say so."""
+    jobs: int = 1
+    """Processes."""
+
+
+def run_conversion(
+    options: ConvertOptions, found: Found, form: DatasetForm, *, name: str, fold_rule: FoldRule = "patients"
+) -> int:
+    """Check, convert and report; exit code 0, or 3 where cases were left out.
+
+    Raises:
+        ValueError: nothing can be converted, the test subjects were pretrained on, or the folder holds another dataset.
     """
+    if not found.cases:
+        first = found.left_out[0]
+        raise ValueError(f"none of {len(found.left_out)} cases can be used, e.g. {first.name}: {first.reason}")
+    test_subjects = choose_test_subjects(found.cases, options.test_subjects)
+    model = _startup.encoder_name() if options.pretrained_on is None else str(options.pretrained_on)
+    stamp = None
+    if model:
+        stamp = check_against_pretraining(
+            found.cases,
+            channels=form.channels,
+            test_subjects=test_subjects,
+            exposure=read_exposure(model) if options.pretrained_on is not None else exposure_of_encoder(model),
+            model=model,
+            crosswalk=options.crosswalk,
+            allow_overlap=options.allow_overlap,
+        )
+    written = write_dataset(
+        found,
+        form,
+        dataset_id=options.dataset_id,
+        name=name,
+        make_folds=partial(make_folds, rule=fold_rule, seed=options.seed),
+        test_subjects=test_subjects,
+        jobs=options.jobs,
+    )
+    print("\n".join([*_report(written, found.cases), *(f"note: {note}" for note in found.notes)]))
+    if stamp is not None:
+        write_overlap(written.folder, model=model, stamp=stamp)
+        print(f"pretraining overlap with {model}: {stamp}")
+    print(f"next: nnUNetv2_plan_and_preprocess -d {options.dataset_id} -c 2d")
+    return 3 if written.left_out else 0
 
-    name: str
-    subject: str
-    images: tuple[Path, ...]
-    labels: Path
 
-
-class Conversion(NamedTuple):
-    """The dataset folder, and how many cases went to training and to test."""
-
-    folder: Path
-    num_training: int
-    num_test: int
-
-
-def find_bids_cases(bids_dir: Path, *, cohort: str, sequences: Sequence[str] = SEQUENCES) -> list[Case]:
+def find_bids_cases(bids_dir: Path, *, cohort: str, sequences: Sequence[str] = SEQUENCES) -> Found:
     """Every visit of a BIDS cohort that has a tumour label map (``derivatives/tumor/**/*_dseg.nii.gz``), sorted.
 
     Raises:
-        ValueError: no label map at all, an unknown sequence, or a visit where a sequence is missing or there twice.
+        ValueError: no label map at all, or an unknown sequence.
     """
     unknown = [sequence for sequence in sequences if sequence not in SEQUENCES]
     if unknown or not sequences:
@@ -79,37 +101,34 @@ def find_bids_cases(bids_dir: Path, *, cohort: str, sequences: Sequence[str] = S
         raise ValueError(
             f"{bids_dir / LABELS_FOLDER}: no *_dseg.nii.gz in it; expected one label map per labelled visit"
         )
-    cases = []
+    cases, left_out = [], []
     for label_path in label_paths:
         visit = label_path.parent.relative_to(bids_dir / LABELS_FOLDER)
         entities = [part for part in label_path.name.split("_") if part.startswith(("sub-", "ses-"))]
-        found = defaultdict(list)
+        name, subject = "_".join(entities), f"{cohort}/{entities[0].removeprefix('sub-')}"
+        images = defaultdict(list)
         for path in sorted((bids_dir / visit).glob("*.nii*")):
-            found[_bids_sequence(path.name)].append(path)
-        for sequence in sequences:
-            if len(found[sequence]) != 1:
-                raise ValueError(
-                    f"{bids_dir / visit}: found {len(found[sequence])} {sequence} images "
-                    f"{[path.name for path in found[sequence]]} for {label_path.name}; expected exactly one"
-                )
-        cases.append(
-            Case(
-                name="_".join(entities),
-                subject=f"{cohort}/{entities[0].removeprefix('sub-')}",
-                images=tuple(found[sequence][0] for sequence in sequences),
-                labels=label_path,
+            images[_bids_sequence(path.name)].append(path)
+        wrong = [sequence for sequence in sequences if len(images[sequence]) != 1]
+        if wrong:
+            reason = (
+                f"{bids_dir / visit}: found {len(images[wrong[0]])} {wrong[0]} images "
+                f"{[path.name for path in images[wrong[0]]]} for {label_path.name}; expected exactly one"
             )
-        )
-    return cases
+            left_out.append(LeftOut(name, subject, "duplicate" if images[wrong[0]] else "missing_channel", reason))
+            continue
+        channels = tuple(images[sequence][0] for sequence in sequences)
+        cases.append(Case(name=name, subject=subject, images=channels, labels=label_path))
+    return Found(cases, left_out)
 
 
-def find_paired_cases(images: Sequence[str], labels: str, *, cohort: str) -> list[Case]:
+def find_paired_cases(images: Sequence[str], labels: str, *, cohort: str) -> Found:
     """Cases from file name patterns with one ``*`` each: what it stands for names the case and its subject.
 
     ``find_paired_cases(["data/*_t1.nii.gz", "data/*_t2.nii.gz"], "data/*_seg.nii.gz")``: one pattern per channel.
 
     Raises:
-        ValueError: a pattern without exactly one ``*``, no file that matches the first, or a file missing for a case.
+        ValueError: a pattern without exactly one ``*``, or no file that matches the first.
     """
     for pattern in [*images, labels]:
         if pattern.count("*") != 1:
@@ -126,148 +145,21 @@ def find_paired_cases(images: Sequence[str], labels: str, *, cohort: str) -> lis
     names = [match.group(1) for match in matches if match]
     if not names:
         raise ValueError(f"pattern {images[0]!r} matches no file")
-    cases = [
-        Case(
+    cases, left_out = [], []
+    for name in names:
+        case = Case(
             name=name,
             subject=f"{cohort}/{name}",
             images=tuple(Path(pattern.replace("*", name)) for pattern in images),
             labels=Path(labels.replace("*", name)),
         )
-        for name in names
-    ]
-    missing = [path for case in cases for path in [*case.images, case.labels] if not path.is_file()]
-    if missing:
-        raise ValueError(f"{len(missing)} files are missing for {len(cases)} cases, the first is {missing[0]}")
-    return cases
-
-
-def write_dataset(
-    cases: Sequence[Case],
-    *,
-    dataset_id: int,
-    name: str,
-    channels: Sequence[str],
-    labels: Mapping[str, LabelDefinition],
-    test_subjects: Collection[str] = (),
-) -> Conversion:
-    """Write ``nnUNet_raw/DatasetNNN_NAME``: images and labels in LPS, ``dataset.json``, and ``splits_final.json``.
-
-    A finished dataset of the same cases, channels and labels is left as it is; one that was cut short is finished.
-    The folds are by subject; nnU-Net's planner copies them beside the preprocessed data. Cases of ``test_subjects``
-    go to imagesTs and labelsTs, which nnU-Net never trains on.
-
-    Args:
-        cases: what to convert.
-        dataset_id: nnU-Net's number, 1 to 999.
-        name: the rest of the dataset's name.
-        channels: what each image of a case is, e.g. ("T1", "FLAIR").
-        labels: label name -> value, or -> values when it is a region made of several; without the background.
-        test_subjects: ``cohort/subject`` keys.
-
-    Raises:
-        ValueError: the folder holds another finished dataset, images and labels of a case are on different grids, a
-            label value is not declared, or fewer than two subjects are left to train on.
-    """
-    folder = raw_dir() / dataset_name(dataset_id, name)
-    held_out = set(test_subjects)
-    training = [case for case in cases if case.subject not in held_out]
-    test = [case for case in cases if case.subject in held_out]
-    splits = subject_folds({case.name: case.subject for case in training})
-    description = _description(channels, labels, len(training))
-    converted = Conversion(folder, len(training), len(test))
-    if (folder / "dataset.json").exists():
-        if not _holds(folder, description, splits, training=training, test=test):
-            raise ValueError(f"{folder} holds another dataset; remove it or choose another --dataset-id or --name")
-        return converted
-
-    allowed = {0, *_values(labels)}
-    for part, part_cases in (("Tr", training), ("Ts", test)):
-        for case in track(part_cases, desc=f"images{part}"):
-            _write_case(case, folder / f"images{part}", folder / f"labels{part}", allowed)
-    write_json(folder / "splits_final.json", splits)
-    # Written last: a folder with a dataset.json is a finished one.
-    write_json(folder / "dataset.json", description)
-    return converted
-
-
-def _holds(
-    folder: Path, description: dict[str, Any], splits: list[dict[str, list[str]]], *, training: list, test: list
-) -> bool:
-    """Whether the finished dataset in ``folder`` is the one that these cases would make."""
-    written = [json.loads((folder / name).read_text("utf-8")) for name in ("dataset.json", "splits_final.json")]
-    names = [{path.name for path in (folder / part).glob("*.nii.gz")} for part in ("labelsTr", "labelsTs")]
-    expected = [{f"{case.name}.nii.gz" for case in cases} for cases in (training, test)]
-    # The order of the labels is that of the network's outputs, so it counts.
-    same_order = list(written[0]["labels"]) == list(description["labels"])
-    return written == [json.loads(json.dumps(description)), splits] and same_order and names == expected
-
-
-def subject_folds(subject_of: Mapping[str, str]) -> list[dict[str, list[str]]]:
-    """nnU-Net's splits: five folds (or one per subject where there are fewer), no subject on both sides of any.
-
-    Args:
-        subject_of: case name -> subject.
-
-    Raises:
-        ValueError: fewer than two subjects.
-    """
-    subjects = sorted(set(subject_of.values()))
-    if len(subjects) < 2:
-        raise ValueError(
-            f"found {len(subjects)} subject(s) to train on; expected at least two, one of them for validation"
-        )
-    order = np.random.default_rng(FOLD_SEED).permutation(len(subjects))
-    folds = np.array_split([subjects[i] for i in order], min(NUM_FOLDS, len(subjects)))
-    return [
-        {
-            "train": sorted(name for name, subject in subject_of.items() if subject not in fold),
-            "val": sorted(name for name, subject in subject_of.items() if subject in fold),
-        }
-        for fold in (set(fold.tolist()) for fold in folds)
-    ]
-
-
-def regions_class_order(regions: Iterable[LabelDefinition]) -> list[int]:
-    """The label that nnU-Net paints for each region, in their order, so that predicted regions become labels again.
-
-    nnU-Net paints one region after the other, later over earlier. So the regions must be nested, the largest first,
-    and each must hold exactly one label that no later one holds: the label it is painted with.
-
-    Raises:
-        ValueError: the regions are not of that form.
-    """
-    sets = [set(_as_tuple(region)) for region in regions]
-    order = []
-    for number, region in enumerate(sets):
-        later = sets[number + 1 :]
-        own = region.difference(*later)
-        if len(own) != 1 or any(not inner <= region for inner in later):
-            raise ValueError(
-                f"regions {[sorted(each) for each in sets]}: expected each to contain all later ones and exactly one "
-                f"label of its own, but {sorted(region)} has {sorted(own)} of its own; order them "
-                "from the largest to the smallest"
-            )
-        order.append(own.pop())
-    return order
-
-
-def dataset_name(dataset_id: int, name: str) -> str:
-    """nnU-Net's folder name, e.g. ``Dataset007_Tumor``."""
-    if not 0 < dataset_id < 1000 or not re.fullmatch(r"[A-Za-z0-9]+", name):
-        raise ValueError(
-            f"dataset {dataset_id} {name!r}: expected a number from 1 to 999 and a name of letters and digits"
-        )
-    return f"Dataset{dataset_id:03d}_{name}"
-
-
-def raw_dir() -> Path:
-    """nnU-Net's folder of raw datasets."""
-    value = os.environ.get(RAW_VARIABLE, "")
-    if not value:
-        raise ValueError(
-            f"{RAW_VARIABLE} is not set; export it, nnUNet_preprocessed and nnUNet_results as nnU-Net asks for"
-        )
-    return Path(value)
+        missing = [path for path in (*case.images, case.labels) if not path.is_file()]
+        if missing:
+            code = "no_labels" if missing == [case.labels] else "missing_channel"
+            left_out.append(LeftOut(name, case.subject, code, f"{missing[0]}: not there; expected one for every case"))
+        else:
+            cases.append(case)
+    return Found(cases, left_out)
 
 
 def choose_test_subjects(cases: Iterable[Case], subjects_file: Path | None) -> list[str]:
@@ -279,7 +171,8 @@ def choose_test_subjects(cases: Iterable[Case], subjects_file: Path | None) -> l
     if subjects_file is None:
         return []
     present = sorted({case.subject for case in cases})
-    listed = {f"{cohort}/{subject.removeprefix('sub-')}" for cohort, _, subject in _split_keys(subjects_file)}
+    keys = [key.partition("/") for key in read_subjects(subjects_file)]
+    listed = {f"{cohort}/{subject.removeprefix('sub-')}" for cohort, _, subject in keys}
     chosen = [subject for subject in present if subject in listed]
     if not chosen:
         raise ValueError(
@@ -289,66 +182,32 @@ def choose_test_subjects(cases: Iterable[Case], subjects_file: Path | None) -> l
     return chosen
 
 
-def check_against_pretraining(
-    cases: Sequence[Case],
-    *,
-    channels: Sequence[str],
-    test_subjects: Collection[str],
-    exposure: Exposure | None,
-    model: str,
-    crosswalk: Iterable[Path] = (),
-    allow_overlap: bool,
-) -> str:
-    """The stamp for scores on these cases: what of them an encoder has seen.
-
-    The images of the test subjects are compared by voxels, looks and ids; without test subjects those of all, since
-    every case is then scored in cross-validation.
-
-    Args:
-        cases: of the dataset.
-        channels: sequence of each image of a case.
-        test_subjects: ``cohort/subject`` keys.
-        exposure: what the model was pretrained on; None where nobody wrote it down.
-        model: what the exposure belongs to, for messages.
-        crosswalk: tables that join ids.
-        allow_overlap: stamp an overlap instead of refusing it.
-
-    Raises:
-        ValueError: something was pretrained on, and it was not allowed; names it.
-    """
-    tested = [case for case in cases if not test_subjects or case.subject in set(test_subjects)]
-    scans = []
-    for case in track(tested, desc="compare with pretraining"):
-        cohort, _, subject = case.subject.partition("/")
-        for path, channel in zip(case.images, channels, strict=True):
-            scan = Scan(str(path), cohort, subject, sequence=channel)
-            # Nothing to compare with needs no fingerprints, which take reading every image.
-            scans.append(add_fingerprints(scan) if exposure is not None and exposure.scans else scan)
-    return check_test_scans(exposure, scans, model=model, allow_overlap=allow_overlap, crosswalk=Crosswalk(crosswalk))
-
-
-def write_overlap(dataset_dir: Path, *, model: str, stamp: str) -> None:
-    """Write the stamp beside the dataset, where scoring finds it."""
-    write_json(dataset_dir / OVERLAP_FILE, {"pretrained_on": model, "pretraining_overlap": stamp})
-
-
-def read_overlap(dataset_dir: Path) -> str:
-    """The stamp of a dataset; ``unknown`` where nobody asked.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path = dataset_dir / OVERLAP_FILE
-    if not path.exists():
-        return f"{UNKNOWN}: the dataset was converted without --pretrained-on, and BRAINDINO_ENCODER was not set"
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["pretraining_overlap"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged ({error!r}); convert the dataset again") from error
-
-
-def _split_keys(subjects_file: Path) -> list[tuple[str, str, str]]:
-    return [key.partition("/") for key in read_subjects(subjects_file)]
+def _report(written: Conversion, cases: Sequence[Case]) -> list[str]:
+    """What was written, what was left out and why, and patients on both sides of a fold."""
+    kept = written.num_training + written.num_test - written.num_converted
+    first = written.splits[0]
+    lines = [
+        f"{written.folder}: {written.num_training} cases to train on, {written.num_test} to test on"
+        + (f"; {kept} of them were there" if kept else ""),
+        f"fold 0: {len(first['train'])} cases to train on, {len(first['val'])} to validate on",
+    ]
+    if written.left_out:
+        counts = sorted(Counter(row.code for row in written.left_out).items())
+        lines.append(
+            f"{len(written.left_out)} cases left out ({', '.join(f'{code} {n}' for code, n in counts)}); "
+            f"all in {written.folder / CASES_FILE}"
+        )
+        lines += [f"  {row.name}: {row.reason}" for row in written.left_out[:MAX_SHOWN]]
+    subject_of = {case.name: case.subject for case in cases}
+    leaks = [leaking_subjects(split, subject_of) for split in written.splits]
+    if any(leaks):
+        named = ", ".join(subject.partition("/")[2] for subject in leaks[0]) or "none"
+        lines.append(
+            f"WARNING: these folds go by case, not by patient. Fold 0 is validated on {len(leaks[0])} patients that it "
+            f"trains on, at another time point: {named}. Folds 1 to {len(leaks) - 1}: "
+            f"{', '.join(str(len(leak)) for leak in leaks[1:])}. Without --fold0 paper no patient is on both sides"
+        )
+    return lines
 
 
 def _bids_sequence(file_name: str) -> str:
@@ -357,56 +216,3 @@ def _bids_sequence(file_name: str) -> str:
     if suffix == "T1w":
         return "T1c" if any(entity.startswith("ce-") for entity in entities) else "T1"
     return {"T2w": "T2", "FLAIR": "FLAIR"}.get(suffix, "")
-
-
-def _write_case(case: Case, images_dir: Path, labels_dir: Path, allowed: set[int]) -> None:
-    labels, affine = load_labels(case.labels)
-    undeclared = sorted(set(np.unique(labels).tolist()) - allowed)
-    if undeclared:
-        raise ValueError(
-            f"{case.labels}: holds label values {undeclared}; expected only {sorted(allowed)}: remap or declare them"
-        )
-    for channel, path in enumerate(case.images):
-        volume = load_volume(path)
-        if volume.shape != labels.shape or not np.allclose(volume.affine, affine, atol=1e-3):
-            raise ValueError(
-                f"{path}: shape {volume.shape} and affine {volume.affine.round(3).tolist()} differ from those of "
-                f"{case.labels}: {labels.shape}, {affine.round(3).tolist()}; bring all images of a visit to one "
-                "grid first"
-            )
-        _save_lps(volume.data, volume.affine, images_dir / f"{case.name}_{channel:04d}{FILE_ENDING}", np.float32)
-    _save_lps(labels, affine, labels_dir / f"{case.name}{FILE_ENDING}", np.uint8)
-
-
-def _save_lps(data: np.ndarray, affine: np.ndarray, path: Path, dtype: type) -> None:
-    """Write an array held in RAS+ with its first two axes reversed: stored from right to left and from front to
-    back.
-    """
-    reverse = np.diag([-1.0, -1.0, 1.0, 1.0])
-    reverse[:2, 3] = data.shape[0] - 1, data.shape[1] - 1
-    save_array(data[::-1, ::-1], affine @ reverse, path, dtype=dtype)
-
-
-def _description(channels: Sequence[str], labels: Mapping[str, LabelDefinition], num_training: int) -> dict:
-    """dataset.json. The order of the labels is the order of the network's outputs, so keys are never sorted."""
-    described: dict[str, object] = {
-        "channel_names": {str(number): channel for number, channel in enumerate(channels)},
-        "labels": {"background": 0} | {name: _as_json(value) for name, value in labels.items()},
-        "numTraining": num_training,
-        "file_ending": FILE_ENDING,
-    }
-    if any(isinstance(value, tuple) for value in labels.values()):
-        described["regions_class_order"] = regions_class_order(labels.values())
-    return described
-
-
-def _values(labels: Mapping[str, LabelDefinition]) -> set[int]:
-    return {value for definition in labels.values() for value in _as_tuple(definition)}
-
-
-def _as_tuple(definition: LabelDefinition) -> tuple[int, ...]:
-    return definition if isinstance(definition, tuple) else (definition,)
-
-
-def _as_json(definition: LabelDefinition) -> int | list[int]:
-    return list(definition) if isinstance(definition, tuple) else definition

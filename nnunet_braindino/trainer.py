@@ -5,7 +5,6 @@ gradient clip at norm 12, mixed precision on CUDA, 250 training and 50 validatio
 augmentation.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -13,16 +12,28 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from braindino import load_encoder
 from braindino.vision_transformer import VisionTransformer
-from nnunet_braindino._startup import ENCODER_VARIABLE, encoder_name
-from nnunet_braindino.network import FrozenEncoderSegmenter, count_parameters
+from nnunet_braindino.decoder import LinearDecoder
+from nnunet_braindino.encoder_checkpoint import (
+    PLANS_KEY,
+    EncoderCheckpoints,
+    EncoderNetwork,
+    encoder_from_environment,
+    encoder_identity,
+    identity_in,
+)
+from nnunet_braindino.network import EncoderSegmenter, FrozenEncoderSegmenter, count_parameters
+from nnunet_braindino.trainer_plans import PATCH_SIZE, fit_plans, orientation_warnings, plan_warnings
 
-PLANS_KEY = "braindino"
+__all__ = [
+    "nnUNetTrainer",
+    "nnUNetTrainerBrainDINOFrozen",
+    "nnUNetTrainerBrainDINOFrozenFixedFusion",
+    "nnUNetTrainerBrainDINOLinear",
+]
 
-PATCH_SIZE = (256, 256)
-MIN_BATCH_SIZE = 2
 NUM_EPOCHS = 100
 ITERATIONS_PER_EPOCH = 250
 VALIDATION_ITERATIONS_PER_EPOCH = 50
@@ -31,12 +42,15 @@ LEARNING_RATE = 3e-4
 WEIGHT_DECAY = 5e-2
 BETAS = (0.9, 0.98)
 
+FUSION_SHARE = 0.1
+"""Share of the epochs in which the fixed-fusion variant trains the fusion."""
 
-class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds trainers by names of this form)
+
+class nnUNetTrainerBrainDINOFrozen(EncoderCheckpoints):  # noqa: N801 (nnU-Net finds trainers by names of this form)
     """Frozen encoder, trained 1x1 fusion and decoder, 256x256 axial patches, 100 epochs.
 
     The encoder comes from the environment variable BRAINDINO_ENCODER while training (nnU-Net passes no options to
-    trainers) and from the checkpoint ever after: prediction needs neither the variable nor the file. Its
+    trainers) and from the final checkpoint ever after: prediction needs neither the variable nor the file. Its
     architecture, hash and name are kept in the plans under ``braindino``. The planner's batch size is rescaled to
     256x256 patches at the same number of pixels.
     """
@@ -46,8 +60,10 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
     validation_iterations = VALIDATION_ITERATIONS_PER_EPOCH
     learning_rate = LEARNING_RATE
     patch_size = PATCH_SIZE
+    num_slices: int | None = None
+    """Slices in a stack, for trainers that look at neighbouring slices; None for single slices."""
     largest_batch: int | None = None
-    """Upper bound of the batch size, for machines without a GPU; None keeps the planner's pixel budget."""
+    """Upper bound of the slices in a batch, for machines without a GPU; None keeps the planner's pixel budget."""
     mirroring = True
     """Mirror in augmentation and average over mirrored predictions, as nnU-Net does (4 forward passes per slice)."""
 
@@ -61,7 +77,13 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
     ) -> None:
         self.pretrained_encoder = encoder_from_environment()
         plans[PLANS_KEY] = encoder_identity(self.pretrained_encoder)
-        fit_plans(plans, configuration, patch_size=self.patch_size, largest_batch=self.largest_batch)
+        fit_plans(
+            plans,
+            configuration,
+            patch_size=self.patch_size,
+            largest_batch=self.largest_batch,
+            num_slices=self.num_slices,
+        )
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.epochs
         self.num_iterations_per_epoch = self.iterations
@@ -70,8 +92,14 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
         self.weight_decay = WEIGHT_DECAY
         self.enable_deep_supervision = False
 
-    @staticmethod
+    @classmethod
+    def build_from_encoder(cls, encoder: VisionTransformer, num_input_channels: int, num_classes: int) -> nn.Module:
+        """The network around an encoder; what sets the trainers apart."""
+        return FrozenEncoderSegmenter(encoder, num_input_channels=num_input_channels, num_classes=num_classes)
+
+    @classmethod
     def build_network_architecture(
+        cls,
         plans_manager: PlansManager,
         configuration_manager: ConfigurationManager,
         num_input_channels: int,
@@ -80,35 +108,41 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
     ) -> nn.Module:
         """The network that the plans describe; its encoder's weights are not loaded here but by ``initialize``
         (training) or from the checkpoint (prediction). There is no deep supervision, whatever is asked for."""
-        identity = plans_manager.plans.get(PLANS_KEY)
-        if identity is None:
-            raise ValueError(
-                f"the plans hold no {PLANS_KEY!r} entry, so the encoder's architecture is unknown; expected the "
-                "plans.json that nnUNetTrainerBrainDINOFrozen wrote into the model folder"
-            )
-        return FrozenEncoderSegmenter(
-            VisionTransformer(**identity["architecture"]),
-            num_input_channels=num_input_channels,
-            num_classes=num_output_channels,
-        )
+        identity = identity_in(plans_manager.plans)
+        encoder = VisionTransformer(**identity["architecture"])
+        encoder.name, encoder.sha256 = identity["name"], identity["sha256"]
+        return cls.build_from_encoder(encoder, num_input_channels, num_output_channels)
 
     def initialize(self) -> None:
         super().initialize()
-        network = self._plain_network()
-        network.encoder.load_state_dict(self.pretrained_encoder.state_dict())
+        network = self.plain_network()
+        assert isinstance(network, EncoderNetwork)
+        network.load_encoder_weights(self.pretrained_encoder)
+        del self.pretrained_encoder  # the network has it, and it takes as much memory again
         identity = self.plans_manager.plans[PLANS_KEY]
+        kind = "trained" if self.trains_encoder else "frozen"
         self.print_to_log_file(f"BrainDINO: {count_parameters(network)}")
-        self.print_to_log_file(f"BrainDINO: frozen encoder {identity['name']}, sha256 {identity['sha256']}")
+        self.print_to_log_file(f"BrainDINO: {kind} encoder {identity['name']}, sha256 {identity['sha256']}")
         planned = self.configuration_manager
         self.print_to_log_file(f"BrainDINO: patches {planned.patch_size}, batch size {planned.batch_size}")
-        for warning in plan_warnings(self.plans_manager.plans, self.configuration_name):
-            self.print_to_log_file(f"WARNING: {warning}")
+        self._warn(plan_warnings(self.plans_manager.plans, self.configuration_name))
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        first = self.dataset_class(self.preprocessed_dataset_folder)
+        properties = first.load_case(first.identifiers[0])[-1]
+        self._warn(orientation_warnings(properties, self.plans_manager.transpose_forward))
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        """AdamW on what is trained, learning rate falling linearly to 0 over the epochs."""
-        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.initial_lr, weight_decay=self.weight_decay, betas=BETAS)
-        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, exponent=1.0)
+        """AdamW on what is trained, learning rates falling linearly to 0 over the epochs."""
+        groups = self.parameter_groups(self.plain_network())
+        optimizer = torch.optim.AdamW(groups, lr=self.initial_lr, weight_decay=self.weight_decay, betas=BETAS)
+        return optimizer, GroupRates(optimizer, self.initial_lr, self.num_epochs, exponent=1.0)
+
+    def parameter_groups(self, network: EncoderSegmenter) -> list[dict[str, Any]]:
+        """What is trained, with ``rate_factor``, the learning rate as a multiple of the trainer's."""
+        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        return [{"params": trained, "rate_factor": 1.0}]
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Nothing to switch: the decoder has one output."""
@@ -121,116 +155,51 @@ class nnUNetTrainerBrainDINOFrozen(nnUNetTrainer):  # noqa: N801 (nnU-Net finds 
             mirror_axes = self.inference_allowed_mirroring_axes = None
         return rotation, dummy_2d, initial_patch_size, mirror_axes
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """Continue (``--c``) or validate (``--val``); the encoder must be the one that the checkpoint was trained
-        with.
-        """
-        super().load_checkpoint(filename_or_checkpoint)
-        trained_with = self.my_init_kwargs["plans"][PLANS_KEY]
-        given = self.plans_manager.plans[PLANS_KEY]
-        if trained_with["sha256"] != given["sha256"]:
-            raise ValueError(
-                f"{filename_or_checkpoint} was trained with encoder {trained_with['name']} "
-                f"(sha256 {trained_with['sha256']}), but {ENCODER_VARIABLE} gives {given['name']} "
-                f"(sha256 {given['sha256']}); set it to the first"
-            )
-
-    def _plain_network(self) -> FrozenEncoderSegmenter:
-        """The network without the wrappers of DDP and torch.compile."""
-        network = self.network.module if self.is_ddp else self.network
-        return getattr(network, "_orig_mod", network)
+    def _warn(self, warnings: list[str]) -> None:
+        for warning in warnings:
+            self.print_to_log_file(f"WARNING: {warning}")
 
 
-class nnUNetTrainerBrainDINOFrozen_10epochs(nnUNetTrainerBrainDINOFrozen):  # noqa: N801
-    """Some minutes on two CPU cores with ViT tiny, for small real datasets: 10 epochs of 25 iterations.
-
-    For speed the patches fit a brain of 1 mm voxels more closely and nothing is mirrored in training or prediction. The
-    learning rate is about three times higher, since there are so few iterations; at ten times, training on a briefly
-    pretrained encoder stayed at "no tumour anywhere".
+class nnUNetTrainerBrainDINOFrozenFixedFusion(nnUNetTrainerBrainDINOFrozen):  # noqa: N801
+    """As Frozen, and faster: the fusion is trained in the first tenth of the epochs (at least one) and then fixed, so
+    that the encoder needs no backward pass.
     """
 
-    epochs = 10
-    iterations = 25
-    validation_iterations = 4
-    learning_rate = 1e-3
-    patch_size = (192, 160)
-    largest_batch = 8
-    mirroring = False
+    @property
+    def fusion_epochs(self) -> int:
+        """How many epochs train the fusion."""
+        return max(1, round(FUSION_SHARE * self.num_epochs))
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch >= self.fusion_epochs and self.plain_network().fusion.weight.requires_grad:
+            self._fix_fusion()
+        super().on_train_epoch_start()
+
+    def _fix_fusion(self) -> None:
+        self.plain_network().fix_fusion()
+        if isinstance(self.network, DistributedDataParallel):
+            # The old wrapper waits for the fusion's gradient in every step; a new one knows that there is none.
+            devices = [self.local_rank] if self.device.type == "cuda" else None
+            self.network = DistributedDataParallel(self.network.module, device_ids=devices)
+        self.print_to_log_file(f"BrainDINO: fusion fixed after {self.current_epoch} epochs, encoder without a graph")
+        self.print_to_log_file(f"BrainDINO: {count_parameters(self.plain_network())}")
 
 
-class nnUNetTrainerBrainDINOFrozen_demo(nnUNetTrainerBrainDINOFrozen_10epochs):  # noqa: N801
-    """A minute or two on two CPU cores with ViT tiny, for the simulated cohort: 5 epochs of 25 iterations.
+class nnUNetTrainerBrainDINOLinear(nnUNetTrainerBrainDINOFrozen):  # noqa: N801
+    """A floor: one linear layer on the patch tokens of the last block, enlarged, in place of the decoder."""
 
-    The final validation of the fold is left out: the demonstration scores subjects that were held out altogether.
-    """
-
-    epochs = 5
-    validation_iterations = 2
-    patch_size = (160, 128)
-
-    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        self.print_to_log_file("The demonstration leaves out nnU-Net's final validation.")
-
-
-def encoder_from_environment() -> VisionTransformer:
-    """The encoder that BRAINDINO_ENCODER names.
-
-    Raises:
-        ValueError: the variable is not set.
-    """
-    name = encoder_name()
-    if not name:
-        raise ValueError(
-            f"{ENCODER_VARIABLE} is not set, so there is no encoder to train with. Set it to a folder or file of "
-            f"weights, e.g. export {ENCODER_VARIABLE}=RUN/encoder, or to a name such as untrained:vit_tiny. "
-            "(Prediction does not need it.)"
+    @classmethod
+    def build_from_encoder(cls, encoder: VisionTransformer, num_input_channels: int, num_classes: int) -> nn.Module:
+        return FrozenEncoderSegmenter(
+            encoder, num_input_channels=num_input_channels, num_classes=num_classes, decoder=LinearDecoder
         )
-    return load_encoder(name)
 
 
-def encoder_identity(encoder: VisionTransformer) -> dict[str, Any]:
-    """What the plans keep of an encoder: enough to build it again and to recognise its weights."""
-    return {"name": encoder.name, "sha256": encoder.sha256, "architecture": encoder.architecture}
+class GroupRates(PolyLRScheduler):
+    """nnU-Net's schedule, times the ``rate_factor`` of each parameter group."""
 
-
-def fit_plans(
-    plans: dict, configuration: str, *, patch_size: tuple[int, int] = PATCH_SIZE, largest_batch: int | None = None
-) -> None:
-    """Change the configuration in place to patches of another size, with at most as many pixels per batch as planned.
-
-    There are never fewer than two patches in a batch, and never more than ``largest_batch``.
-
-    Raises:
-        ValueError: the configuration is not two-dimensional.
-    """
-    planned = PlansManager(plans).get_configuration(configuration)
-    if len(planned.patch_size) != 2:
-        raise ValueError(
-            f"configuration {configuration!r} has {len(planned.patch_size)}-dimensional patches, but the encoder sees "
-            "slices; train with configuration 2d: nnUNetv2_train DATASET 2d FOLD -tr nnUNetTrainerBrainDINOFrozen"
-        )
-    assert all(size % 16 == 0 for size in patch_size), f"patches of {patch_size} are no multiple of 16 pixels"
-    batch_size = planned.batch_size * math.prod(planned.patch_size) // math.prod(patch_size)
-    if largest_batch is not None:
-        batch_size = min(batch_size, largest_batch)
-    batch_size = int(max(MIN_BATCH_SIZE, batch_size))
-    plans["configurations"][configuration].update(patch_size=list(patch_size), batch_size=batch_size)
-
-
-def plan_warnings(plans: dict, configuration: str) -> list[str]:
-    """What in nnU-Net's plans keeps the encoder from seeing the slices that it was trained on, and what to do about
-    it.
-    """
-    warnings = []
-    if list(plans["transpose_forward"]) != [0, 1, 2]:
-        warnings.append(
-            f"slices are not axial: nnU-Net cuts along the axis with the largest voxels (transpose_forward "
-            f"{list(plans['transpose_forward'])}), the encoder was trained on axial slices. Resample the images so "
-            "that no axis is coarser than the vertical one, convert with `braindino nnunet`, then plan again"
-        )
-    if not all(PlansManager(plans).get_configuration(configuration).use_mask_for_norm):
-        warnings.append(
-            "nnU-Net normalises over the whole image, because zeros make up less than a quarter of it: background is "
-            "then not 0, as it is in the slices that the encoder was trained on. Strip the skull before converting"
-        )
-    return warnings
+    def step(self, current_step: int | None = None) -> None:
+        super().step(current_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= group["rate_factor"]
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

@@ -21,9 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from braindino.lean_linear import linear
+
 # Scores of one piece, student's and teacher's together: the products of a piece must fill the device, and each reads
 # all prototypes anew.
-PIECE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+PIECE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
 # What is made of the scores is made of a strip of a piece at a time: on a CPU of what its cache holds.
 STRIP_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
@@ -96,7 +98,7 @@ def sinkhorn_offset(
     for iteration in range(iterations):
         total = torch.full_like(offset, -torch.inf if iteration == 0 else 0.0)
         for piece in _pieces(len(features), len(prototypes), features.device):
-            products = kept[piece.start] if piece.start in kept else features[piece].to(weight.dtype) @ weight.T
+            products = kept[piece.start] if piece.start in kept else linear(features[piece].to(weight.dtype), weight)
             if keep:
                 kept[piece.start] = products
             if iteration == 0:
@@ -158,8 +160,8 @@ class _PrototypeLoss(torch.autograd.Function):
             usage = torch.zeros(num_prototypes, device=student.device)
             per_row = num_prototypes * (len(student) + len(features))
             for piece in _pieces(num_rows, per_row, student.device):
-                scores = student[:, piece].to(weight.dtype) @ weight.T
-                teacher_scores = features[:, piece].to(weight.dtype) @ teacher_weight.T
+                scores = _products(student[:, piece], weight)
+                teacher_scores = _products(features[:, piece], teacher_weight)
                 for strip in _strips(scores.shape[1], per_row, student.device):
                     here = slice(piece.start + strip.start, piece.start + strip.stop)
                     z = torch.add(teacher.offset, teacher_scores[:, strip].float(), alpha=1 / teacher.temperature)
@@ -200,6 +202,11 @@ class _PrototypeLoss(torch.autograd.Function):
             (weight_gradient * gradient).to(weight_dtype),
             *[None] * 4,
         )
+
+
+def _products(features: Tensor, weight: Tensor) -> Tensor:
+    """(..., K) of (..., b) and the prototypes (K, b)."""
+    return linear(features.to(weight.dtype).flatten(0, -2), weight).unflatten(0, features.shape[:-1])
 
 
 def _as_computed(prototypes: Tensor) -> Tensor:

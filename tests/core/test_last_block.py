@@ -82,7 +82,8 @@ def test_checkpointing_changes_neither_values_nor_gradients() -> None:
         loss = read[0].patches.square().sum() + read[1].cls.sum()
         results.append((loss, *torch.autograd.grad(loss, list(model.blocks.parameters()))))
     for plain, checkpointed in zip(*results, strict=True):
-        torch.testing.assert_close(plain, checkpointed, rtol=0, atol=0)
+        # Without it blocks work on pieces of the tokens on a CPU, whose gradients are summed in another order.
+        torch.testing.assert_close(plain, checkpointed, rtol=0, atol=1e-12)
 
 
 def test_checkpointing_computes_blocks_again_in_the_backward_pass() -> None:

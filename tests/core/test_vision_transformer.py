@@ -366,4 +366,4 @@ def test_it_compiles_to_the_same_features():
     image = _image(1, 1, 32, 32)
     expected = _sequence(encoder(image))
     compiled = torch.compile(encoder, backend="eager")
-    torch.testing.assert_close(_sequence(compiled(image)), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(_sequence(compiled(image)), expected, rtol=0, atol=5e-6)

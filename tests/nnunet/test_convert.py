@@ -9,9 +9,10 @@ import pytest
 from braindino.audit import add_fingerprints
 from braindino.leakage import Exposure, write_exposure
 from braindino.manifest import Scan
-from braindino.segmentation_scores import read_scores
+from braindino.tables import read_table
 from braindino.volume import load_labels, load_volume, save_array
-from nnunet_braindino import cli, convert
+from nnunet_braindino import cli, convert, pretraining_overlap, raw_dataset
+from nnunet_braindino.folds import subject_folds
 
 SUFFIXES = {"T1": "T1w", "T1c": "ce-gadolinium_T1w", "T2": "T2w", "FLAIR": "FLAIR"}
 
@@ -53,6 +54,10 @@ def cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_visit(bids, "04", "2")
     write_visit(bids, "05", "1", labelled=False)
     return bids
+
+
+def splits_of(folder: Path) -> list[dict[str, list[str]]]:
+    return json.loads((folder / "splits_final.json").read_text())
 
 
 def convert_bids(bids: Path, *options: str) -> int:
@@ -111,7 +116,7 @@ def test_predicted_regions_become_the_labels_they_came_from():
     """Every combination of labels, through nnU-Net's own label manager: labels -> regions -> labels."""
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-    order = convert.regions_class_order(convert.TUMOR_REGIONS.values())
+    order = raw_dataset.regions_class_order(convert.TUMOR_REGIONS.values())
     assert order == [2, 1, 3]
     manager = LabelManager({"background": 0, **{k: list(v) for k, v in convert.TUMOR_REGIONS.items()}}, order)
     assert manager.foreground_regions == [(1, 2, 3), (1, 3), (3,)]
@@ -121,11 +126,11 @@ def test_predicted_regions_become_the_labels_they_came_from():
 
 
 def test_class_order_is_refused_for_regions_that_cannot_be_painted_one_over_the_other():
-    assert convert.regions_class_order([(1, 2), 2]) == [1, 2]
+    assert raw_dataset.regions_class_order([(1, 2), 2]) == [1, 2]
     with pytest.raises(ValueError, match="from the largest to the smallest"):
-        convert.regions_class_order([(3,), (1, 3), (1, 2, 3)])
+        raw_dataset.regions_class_order([(3,), (1, 3), (1, 2, 3)])
     with pytest.raises(ValueError, match=r"\[1, 2, 3\] has \[1, 2\] of its own"):
-        convert.regions_class_order([(1, 2, 3), (3,)])
+        raw_dataset.regions_class_order([(1, 2, 3), (3,)])
 
 
 def test_pairs_are_found_by_what_the_star_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -149,28 +154,42 @@ def test_pairs_are_found_by_what_the_star_stands_for(tmp_path: Path, monkeypatch
     np.testing.assert_array_equal(labels, corner_phantom() > 1)
 
 
-def test_grids_that_differ_within_a_visit_are_refused(cohort: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_visit_whose_grids_differ_is_left_out_and_the_others_go_on(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     path = cohort / "sub-03" / "ses-1" / "anat" / "sub-03_ses-1_T2w.nii.gz"
     save_array(corner_phantom((10, 12, 8)), np.eye(4), path, dtype=np.float32)
-    assert convert_bids(cohort) == 1
-    message = capsys.readouterr().err
-    assert "sub-03_ses-1_T2w.nii.gz: shape (10, 12, 8)" in message
-    assert "bring all images of a visit to one grid first" in message
+    assert convert_bids(cohort) == 3
+    message = capsys.readouterr().out
+    assert "1 cases left out (grids_differ 1)" in message and "sub-03_ses-1_T2w.nii.gz: shape (10, 12, 8)" in message
+    folder = tmp_path / "raw" / "Dataset007_Tumor"
+    rows = read_table(folder / "cases.tsv").rows
+    assert [row["case"] for row in rows if row["part"] == "training"] == [
+        "sub-01_ses-1", "sub-02_ses-1", "sub-02_ses-2", "sub-04_ses-1", "sub-04_ses-2",
+    ]  # fmt: skip
+    (bad,) = [row for row in rows if row["part"] == "left_out"]
+    assert (bad["case"], bad["subject"], bad["code"]) == ("sub-03_ses-1", "cohort/03", "grids_differ")
+    assert "bring all images of a visit to one grid first" in bad["reason"]
+    assert not list(folder.glob("*/sub-03*"))
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 5
+    assert all("sub-03_ses-1" not in split["train"] + split["val"] for split in splits_of(folder))
 
 
 @pytest.mark.fault
 def test_a_missing_sequence_is_named(cohort: Path, capsys: pytest.CaptureFixture[str]):
     (cohort / "sub-01" / "ses-1" / "anat" / "sub-01_ses-1_ce-gadolinium_T1w.nii.gz").unlink()
-    assert convert_bids(cohort) == 1
-    assert "found 0 T1c images [] for sub-01_ses-1_dseg.nii.gz; expected exactly one" in capsys.readouterr().err
+    assert convert_bids(cohort) == 3
+    message = capsys.readouterr().out
+    assert "missing_channel 1" in message
+    assert "found 0 T1c images [] for sub-01_ses-1_dseg.nii.gz; expected exactly one" in message
 
 
-def test_a_label_value_that_was_not_declared_is_refused(cohort: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_label_map_with_a_value_that_was_not_declared_is_left_out(cohort: Path, capsys: pytest.CaptureFixture[str]):
     path = cohort / "derivatives" / "tumor" / "sub-01" / "ses-1" / "anat" / "sub-01_ses-1_dseg.nii.gz"
     labels, affine = load_labels(path)
     save_array(np.where(labels == 3, 4, labels), affine, path, dtype=np.uint8)  # BraTS before 2023 calls it 4
-    assert convert_bids(cohort) == 1
-    assert "holds label values [4]; expected only [0, 1, 2, 3]" in capsys.readouterr().err
+    assert convert_bids(cohort) == 3
+    assert "holds label values [4]; expected only [0, 1, 2, 3]" in capsys.readouterr().out
 
 
 def test_a_test_list_for_another_cohort_is_refused(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -193,23 +212,68 @@ def test_a_conversion_that_was_cut_short_is_finished(cohort: Path, tmp_path: Pat
     assert convert_bids(cohort) == 0
     folder = next(tmp_path.rglob("Dataset007_Tumor"))
     whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    untouched = folder / "imagesTr" / "sub-04_ses-1_0000.nii.gz"
+    before = untouched.stat().st_mtime_ns
     (folder / "dataset.json").unlink()
-    next((folder / "imagesTr").glob("*.nii.gz")).unlink()
+    (folder / "imagesTr" / "sub-01_ses-1_0002.nii.gz").unlink()
+    (folder / "labelsTr" / ".tmp-left-by-a-kill.nii.gz").write_bytes(b"half")
     assert convert_bids(cohort) == 0
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == whole
+    assert untouched.stat().st_mtime_ns == before
+
+
+def test_a_newer_source_is_converted_again_and_a_spoilt_one_is_taken_out(cohort: Path, tmp_path: Path):
+    assert convert_bids(cohort) == 0
+    folder = tmp_path / "raw" / "Dataset007_Tumor"
+    source = cohort / "sub-01" / "ses-1" / "anat" / "sub-01_ses-1_T1w.nii.gz"
+    affine = load_volume(source).affine
+    save_array(corner_phantom() + 40, affine, source, dtype=np.float32)
+    assert convert_bids(cohort) == 0
+    assert load_volume(folder / "imagesTr" / "sub-01_ses-1_0000.nii.gz").data.min() == 41
+    source.write_bytes(source.read_bytes()[:60])
+    assert convert_bids(cohort) == 3
+    assert not list(folder.glob("*/sub-01*")) and json.loads((folder / "dataset.json").read_text())["numTraining"] == 5
+    save_array(corner_phantom(), affine, source, dtype=np.float32)
+    assert convert_bids(cohort) == 0, "repaired, it comes back"
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 6
+
+
+def test_two_processes_write_the_same_files_as_one(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert convert_bids(cohort) == 0
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw2"))
+    assert convert_bids(cohort, "--jobs", "2") == 0
+    one, two = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "raw", tmp_path / "raw2")
+    )
+    assert one == two and len(one) == 6 * 5 + 4
 
 
 def test_another_dataset_is_not_overwritten(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert convert_bids(cohort) == 0
     assert convert_bids(cohort, "--sequences", "T1", "T2") == 1
     assert "Dataset007_Tumor holds another dataset" in capsys.readouterr().err
+    (cohort.parent / "test.txt").write_text("cohort/02\n")
+    assert convert_bids(cohort, "--test-subjects", str(cohort.parent / "test.txt")) == 1
+    assert "imagesTr/sub-02_ses-1_0000.nii.gz is none of the cases to be there" in capsys.readouterr().err
+
+
+def test_a_folder_that_somebody_else_filled_is_not_touched(cohort: Path, tmp_path: Path, capsys):
+    labels = tmp_path / "raw" / "Dataset007_Tumor" / "labelsTr"
+    labels.mkdir(parents=True)
+    (labels / "sub-01_ses-1.nii.gz").write_bytes(b"theirs")
+    assert convert_bids(cohort) == 1
+    assert "holds another dataset" in capsys.readouterr().err
+    assert (labels / "sub-01_ses-1.nii.gz").read_bytes() == b"theirs"
 
 
 def test_folds_need_two_subjects_and_use_no_more_than_there_are():
     with pytest.raises(ValueError, match=r"found 1 subject\(s\) to train on"):
-        convert.subject_folds({"a_1": "a", "a_2": "a"})
-    assert [fold["val"] for fold in convert.subject_folds({"a": "a", "b": "b"})] in ([["a"], ["b"]], [["b"], ["a"]])
-    assert len(convert.subject_folds({str(i): str(i) for i in range(12)})) == 5
+        subject_folds({"a_1": "a", "a_2": "a"})
+    assert [fold["val"] for fold in subject_folds({"a": "a", "b": "b"})] in ([["a"], ["b"]], [["b"], ["a"]])
+    twelve = {str(i): str(i) for i in range(12)}
+    assert len(subject_folds(twelve)) == 5
+    assert subject_folds(twelve) == subject_folds(twelve, seed=0) != subject_folds(twelve, seed=1)
 
 
 def test_patterns_without_one_star_and_files_without_a_partner_are_refused(tmp_path: Path):
@@ -218,8 +282,9 @@ def test_patterns_without_one_star_and_files_without_a_partner_are_refused(tmp_p
     with pytest.raises(ValueError, match="matches no file"):
         convert.find_paired_cases([f"{tmp_path}/*_t1.nii.gz"], f"{tmp_path}/*_seg.nii.gz", cohort="c")
     (tmp_path / "x_t1.nii.gz").touch()
-    with pytest.raises(ValueError, match=r"1 files are missing for 1 cases, the first is .*x_seg.nii.gz"):
-        convert.find_paired_cases([f"{tmp_path}/*_t1.nii.gz"], f"{tmp_path}/*_seg.nii.gz", cohort="c")
+    found = convert.find_paired_cases([f"{tmp_path}/*_t1.nii.gz"], f"{tmp_path}/*_seg.nii.gz", cohort="c")
+    assert not found.cases and found.left_out[0].code == "no_labels"
+    assert "x_seg.nii.gz: not there; expected one for every case" in found.left_out[0].reason
 
 
 def test_test_subjects_that_were_pretrained_on_are_refused_or_stamped_on_the_scores(
@@ -239,12 +304,9 @@ def test_test_subjects_that_were_pretrained_on_are_refused_or_stamped_on_the_sco
     assert not (tmp_path / "raw").exists()
     assert convert_bids(cohort, *options, "--allow-overlap") == 0
     dataset = tmp_path / "raw" / "Dataset007_Tumor"
-    assert convert.read_overlap(dataset) == "1 of 2 test subjects: same_voxels 1"
-    assert cli.main(["score", str(dataset / "labelsTs"), str(dataset / "labelsTs"), "--out", str(tmp_path / "s")]) == 0
-    assert read_scores(tmp_path / "s" / "scores.json").pretraining_overlap == "1 of 2 test subjects: same_voxels 1"
+    assert pretraining_overlap.read_overlap(dataset) == "1 of 2 test subjects: same_voxels 1"
     (dataset / "pretraining_overlap.json").unlink()
-    assert cli.main(["score", str(dataset / "labelsTs"), str(dataset / "labelsTs"), "--out", str(tmp_path / "s")]) == 0
-    assert "pretraining overlap: unknown: the dataset was converted without --pretrained-on" in capsys.readouterr().out
+    assert pretraining_overlap.read_overlap(dataset).startswith("unknown: the dataset was converted without")
 
 
 def test_the_encoder_that_would_be_trained_with_is_compared_with_unless_another_is_named(
@@ -263,11 +325,11 @@ def test_the_encoder_that_would_be_trained_with_is_compared_with_unless_another_
     assert "cohort/02 (same_subject: cohort/sub-02)" in error and "--allow-overlap" in error
     assert not dataset.exists()
     assert convert_bids(cohort, *options, "--allow-overlap") == 0
-    assert convert.read_overlap(dataset) == "1 of 1 test subjects: same_subject 1"
+    assert pretraining_overlap.read_overlap(dataset) == "1 of 1 test subjects: same_subject 1"
     assert json.loads((dataset / "pretraining_overlap.json").read_text())["pretrained_on"].endswith("seen/encoder")
 
     assert convert_bids(cohort, *options, "--pretrained-on", str(tmp_path / "other")) == 0
-    assert convert.read_overlap(dataset) == "none", "what is named counts"
+    assert pretraining_overlap.read_overlap(dataset) == "none", "what is named counts"
 
 
 @pytest.mark.parametrize(
@@ -281,9 +343,9 @@ def test_an_encoder_that_does_not_say_what_it_has_seen_is_no_error(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stamp: str
 ):
     monkeypatch.setenv("BRAINDINO_ENCODER", name)
-    monkeypatch.setattr(convert, "add_fingerprints", None)  # no image is read for a comparison with nothing
+    monkeypatch.setattr(pretraining_overlap, "add_fingerprints", None)  # no image is read for a comparison with nothing
     assert convert_bids(cohort) == 0
-    assert convert.read_overlap(tmp_path / "raw" / "Dataset007_Tumor") == stamp
+    assert pretraining_overlap.read_overlap(tmp_path / "raw" / "Dataset007_Tumor") == stamp
 
 
 def test_the_help_says_which_encoder_is_compared_with(capsys: pytest.CaptureFixture[str]):

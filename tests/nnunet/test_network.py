@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from braindino.vision_transformer import VisionTransformer, vit_base, vit_tiny
-from nnunet_braindino.decoder import ChannelLayerNorm, PatchDecoder
-from nnunet_braindino.network import FrozenEncoderSegmenter, count_parameters, decoder_blocks
+from nnunet_braindino.decoder import LinearDecoder
+from nnunet_braindino.network import (
+    FineTunedSegmenter,
+    FrozenEncoderSegmenter,
+    count_parameters,
+    decoder_blocks,
+)
 
 
 def tiny_network(num_input_channels: int = 4, num_classes: int = 3) -> FrozenEncoderSegmenter:
@@ -61,7 +66,7 @@ def test_training_steps_leave_the_encoders_bytes_and_mode_alone_and_change_the_r
         optimizer.step()
     after = network.state_dict()
     changed = {key for key in after if not torch.equal(before[key], after[key])}
-    assert changed == {key for key in after if not key.startswith("encoder.")}
+    assert changed == {key for key in after if key.startswith(("fusion.", "decoder."))}
     torch.testing.assert_close(network(images), network(images), rtol=0, atol=0)
 
 
@@ -84,7 +89,7 @@ def test_features_are_the_normed_patch_tokens_of_the_four_blocks():
         network.fusion.weight.copy_(torch.eye(3)[:, :, None, None])
         images = torch.randn(1, 3, 32, 48)
         tokens = network.encoder.intermediate(images, blocks=(0, 1, 2, 3), norm=True)
-        grid = torch.cat([block.patches for block in tokens], dim=2).transpose(1, 2).reshape(1, 4 * 192, 2, 3)
+        grid = torch.cat([block.patches for block in tokens], dim=2).reshape(1, 2, 3, 4 * 192)
         torch.testing.assert_close(network(images), network.decoder(grid))
 
 
@@ -100,22 +105,52 @@ def test_state_dict_goes_round_without_the_encoder_it_was_built_from():
         assert torch.equal(trained(images), restored(images))
 
 
-def test_channel_norm_equals_its_formula_and_the_decoder_starts_with_unit_gains():
-    x = torch.randn(2, 8, 3, 5)
-    norm = ChannelLayerNorm(8, eps=1e-6)
-    torch.nn.init.normal_(norm.weight)
-    torch.nn.init.normal_(norm.bias)
-    centred = x - x.mean(dim=1, keepdim=True)
-    expected = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
-    expected = expected * norm.weight[:, None, None] + norm.bias[:, None, None]
-    torch.testing.assert_close(norm(x), expected)
+@pytest.mark.parametrize("network_class", [FrozenEncoderSegmenter, FineTunedSegmenter])
+def test_a_fixed_fusion_gets_no_gradient_and_the_encoder_no_graph_unless_it_is_trained(network_class):
+    torch.manual_seed(0)
+    network = network_class(vit_tiny(depth=4, layer_scale_init=1.0), num_input_channels=2, num_classes=2)
+    images = torch.randn(2, 2, 32, 32)
+    expected = network(images)
+    assert network.encode(images).requires_grad
+    network(images).sum().backward()
+    network.fix_fusion()
+    assert network.encode(images).requires_grad == (network_class is FineTunedSegmenter)
+    torch.testing.assert_close(network(images), expected, rtol=0, atol=0)
+    assert network.fusion.weight.grad is None
+    network(images).sum().backward()
+    assert network.fusion.weight.grad is None
 
-    decoder = PatchDecoder(192, 3)
-    for stage in decoder.stages:
-        convolution = stage[0]
-        fan_in = convolution.out_channels * 4  # as torch counts it for a transposed convolution
-        assert convolution.weight.std().item() == pytest.approx((2 / (1 + 1e-4) / fan_in) ** 0.5, rel=0.05)
-        assert not convolution.bias.any()
+
+def test_fine_tuning_gives_every_parameter_but_the_mask_token_a_gradient():
+    torch.manual_seed(0)
+    network = FineTunedSegmenter(vit_tiny(depth=4, layer_scale_init=1.0), num_input_channels=2, num_classes=2)
+    network(torch.randn(2, 2, 32, 32)).square().mean().backward()
+    without = {name for name, parameter in network.named_parameters() if parameter.grad is None}
+    assert without == {"encoder.mask_token"}
+    assert count_parameters(network).trainable == count_parameters(network).total - 192
+
+
+def test_the_linear_floor_has_one_layer_on_the_last_tokens_and_keeps_their_places():
+    torch.manual_seed(0)
+    encoder = vit_tiny(depth=4, layer_scale_init=1.0)
+    network = FrozenEncoderSegmenter(encoder, num_input_channels=1, num_classes=2, decoder=LinearDecoder).eval()
+    assert count_parameters(network).trainable == 3 + 192 * 2 + 2
+    images = torch.randn(1, 1, 48, 64)
+    with torch.inference_mode():
+        logits = network(images)
+        tokens = encoder(images.expand(-1, 3, -1, -1)).patches
+        expected = network.decoder.to_logits(tokens).reshape(3, 4, 2)
+    assert logits.shape == (1, 2, 48, 64)
+    # Where the enlarged map meets a patch centre between four pixels, their mean is the patch's own value.
+    inner = logits[0, :, 16 + 7 : 16 + 9, 16 + 7 : 16 + 9].mean(dim=(1, 2))
+    neighbours = expected[0:3, 0:3].permute(2, 0, 1)
+    near, far = 31 / 32, 1 / 32
+    centre = (
+        near * near * neighbours[:, 1, 1] * 4
+        + far * near * 2 * (neighbours[:, 0, 1] + neighbours[:, 2, 1] + neighbours[:, 1, 0] + neighbours[:, 1, 2])
+        + far * far * (neighbours[:, 0, 0] + neighbours[:, 0, 2] + neighbours[:, 2, 0] + neighbours[:, 2, 2])
+    ) / 4
+    torch.testing.assert_close(inner, centre)
 
 
 def test_patches_of_another_size_than_sixteen_are_refused():

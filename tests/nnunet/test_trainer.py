@@ -1,9 +1,9 @@
-"""The trainer's contract with stock nnU-Net: plans, encoder, optimiser, and the whole way by its console scripts."""
+"""The trainers' contract with stock nnU-Net: plans, encoder, optimiser, and the whole way by its console scripts."""
 
-import copy
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +17,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from braindino import load_encoder, save_encoder
 from braindino.vision_transformer import VisionTransformer
 from braindino.volume import load_labels, save_array
-from nnunet_braindino import _startup, trainer
+from nnunet_braindino import _startup, trainer_plans
 from nnunet_braindino.network import count_parameters
-from nnunet_braindino.trainer import nnUNetTrainerBrainDINOFrozen
+from nnunet_braindino.trainer import (
+    nnUNetTrainerBrainDINOFrozen,
+    nnUNetTrainerBrainDINOFrozenFixedFusion,
+    nnUNetTrainerBrainDINOLinear,
+)
+from nnunet_braindino.trainer_finetune import encoder_rate, nnUNetTrainerBrainDINOFinetune
 
 DATASET_JSON = {
     "channel_names": {"0": "T1", "1": "FLAIR"},
@@ -63,45 +68,79 @@ def save_small_encoder(folder: Path, seed: int = 0) -> Path:
 def small_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nnUNetTrainerBrainDINOFrozen:
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
-    monkeypatch.setenv(trainer.ENCODER_VARIABLE, str(save_small_encoder(tmp_path / "encoder")))
+    monkeypatch.setenv(_startup.ENCODER_VARIABLE, str(save_small_encoder(tmp_path / "encoder")))
     monkeypatch.setattr(f"{nnUNetTrainer.__module__}.infer_dataset_class", lambda folder: None)
     return nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
 
 
 def test_patches_become_256_and_the_batch_keeps_the_planned_number_of_pixels():
     plans = make_plans()  # what the planner makes of BraTS
-    trainer.fit_plans(plans, "2d")
+    trainer_plans.fit_plans(plans, "2d")
     assert plans["configurations"]["2d"]["patch_size"] == [256, 256]
     assert plans["configurations"]["2d"]["batch_size"] == 49
     small = make_plans(patch_size=(64, 64), batch_size=4)
-    trainer.fit_plans(small, "2d")
+    trainer_plans.fit_plans(small, "2d")
     assert small["configurations"]["2d"]["batch_size"] == 2
     limited = make_plans()
-    trainer.fit_plans(limited, "2d", largest_batch=4)
+    trainer_plans.fit_plans(limited, "2d", largest_batch=4)
     assert limited["configurations"]["2d"]["batch_size"] == 4
-    with pytest.raises(AssertionError, match="no multiple of 16"):
-        trainer.fit_plans(make_plans(), "2d", patch_size=(250, 256))
+    with pytest.raises(ValueError, match=r"\(250, 256\) of the trainer is no multiple of 16.*take e.g. \(256, 256\)"):
+        trainer_plans.fit_plans(make_plans(), "2d", patch_size=(250, 256))
     json.dumps(plans)  # nnU-Net writes them into the model folder
 
 
 def test_a_3d_configuration_is_refused_with_the_command_that_works():
     with pytest.raises(ValueError, match=r"'2d' has 3-dimensional patches.*nnUNetv2_train DATASET 2d FOLD"):
-        trainer.fit_plans(make_plans(patch_size=(128, 128, 128)), "2d")
+        trainer_plans.fit_plans(make_plans(patch_size=(128, 128, 128)), "2d")
 
 
 def test_slices_that_are_not_axial_and_unmasked_normalisation_are_warned_about():
     plans = make_plans()
-    assert trainer.plan_warnings(plans, "2d") == []
+    assert trainer_plans.plan_warnings(plans, "2d") == []
     plans["transpose_forward"] = [2, 0, 1]
     plans["configurations"]["2d"]["use_mask_for_norm"] = [True, False]
-    axis, background = trainer.plan_warnings(plans, "2d")
+    axis, background = trainer_plans.plan_warnings(plans, "2d")
     assert "slices are not axial" in axis
     assert "background is then not 0" in background
 
 
-def test_without_an_encoder_the_error_says_how_to_set_one(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv(trainer.ENCODER_VARIABLE, raising=False)
+def test_a_stack_of_slices_counts_as_so_many_patches():
+    plans = make_plans()
+    trainer_plans.fit_plans(plans, "2d", num_slices=5)
+    assert plans["configurations"]["2d"]["patch_size"] == [5, 256, 256]
+    assert plans["configurations"]["2d"]["batch_size"] == 9
+    trainer_plans.fit_plans(plans := make_plans(), "2d", num_slices=5, largest_batch=8)
+    assert plans["configurations"]["2d"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("direction", "warning"),
+    [
+        ((1, 0, 0, 0, 1, 0, 0, 0, 1), None),
+        # 20 degrees of tilt are still axial.
+        ((1, 0, 0, 0, 0.94, -0.34, 0, 0.34, 0.94), None),
+        # RAS+: ITK sees both axes of the plane run backwards.
+        ((-1, 0, 0, 0, -1, 0, 0, 0, 1), r"turned or mirrored .*columns X-, rows Y-; expected columns X\+, rows Y\+"),
+        # Columns to the front, rows from above, slices from the right: as scanners store sagittal series.
+        ((0, 0, 1, 1, 0, 0, 0, -1, 0), "slices are sagittal, the encoder was trained on axial ones"),
+        ((1, 0, 0, 0, 0, 1, 0, -1, 0), "slices are coronal"),
+    ],
+)
+def test_slices_stored_in_another_order_than_the_encoders_are_warned_about(direction, warning):
+    found = trainer_plans.orientation_warnings({"sitk_stuff": {"direction": direction}}, [0, 1, 2])
+    if warning is None:
+        assert found == []
+    else:
+        assert len(found) == 1 and re.search(warning, found[0]) and "Store the images in LPS" in found[0]
+    assert trainer_plans.orientation_warnings({}, [0, 1, 2]) == []
+
+
+def test_without_an_encoder_the_error_says_how_to_set_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(_startup.ENCODER_VARIABLE, raising=False)
     with pytest.raises(ValueError, match=r"BRAINDINO_ENCODER is not set.*export BRAINDINO_ENCODER=RUN/encoder"):
+        nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
+    monkeypatch.setenv(_startup.ENCODER_VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"no encoder at .*nowhere"):
         nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
 
 
@@ -118,8 +157,8 @@ def test_plans_alone_build_the_network_with_neither_variable_nor_encoder_file(
     small_trainer: nnUNetTrainerBrainDINOFrozen, monkeypatch: pytest.MonkeyPatch
 ):
     plans = json.loads(json.dumps(small_trainer.plans_manager.plans))
-    (Path(os.environ[trainer.ENCODER_VARIABLE]) / "encoder.safetensors").unlink()
-    monkeypatch.delenv(trainer.ENCODER_VARIABLE)
+    (Path(os.environ[_startup.ENCODER_VARIABLE]) / "encoder.safetensors").unlink()
+    monkeypatch.delenv(_startup.ENCODER_VARIABLE)
     manager = PlansManager(plans)
     network = nnUNetTrainerBrainDINOFrozen.build_network_architecture(
         manager, manager.get_configuration("2d"), 2, 2, enable_deep_supervision=False
@@ -136,7 +175,7 @@ def test_initialize_loads_the_frozen_weights_and_prints_what_is_trained(
     small_trainer: nnUNetTrainerBrainDINOFrozen, capsys: pytest.CaptureFixture[str]
 ):
     small_trainer.initialize()
-    encoder = load_encoder(os.environ[trainer.ENCODER_VARIABLE])
+    encoder = load_encoder(os.environ[_startup.ENCODER_VARIABLE])
     for name, value in encoder.state_dict().items():
         assert torch.equal(small_trainer.network.encoder.state_dict()[name], value), name
     printed = capsys.readouterr().out
@@ -162,20 +201,67 @@ def test_the_optimiser_trains_all_but_the_encoder_and_its_rate_falls_linearly_to
     assert rates == pytest.approx([3e-4, 2.25e-4, 1.5e-4, 3e-6])
 
 
-def test_continuing_with_another_encoder_is_refused(
-    small_trainer: nnUNetTrainerBrainDINOFrozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    small_trainer.initialize()
-    small_trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
-    weights = copy.deepcopy(small_trainer.network.state_dict())
-    same = nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
-    same.load_checkpoint(str(tmp_path / "checkpoint.pth"))
-    assert all(torch.equal(weights[name], value) for name, value in same.network.state_dict().items())
+def test_fine_tuning_has_slower_rates_for_earlier_layers(small_trainer: nnUNetTrainerBrainDINOFrozen):
+    trainer = nnUNetTrainerBrainDINOFinetune(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
+    trainer.initialize()
+    trainer.lr_scheduler.step(25)
+    names = {id(parameter): name for name, parameter in trainer.network.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert rates["decoder.to_logits.weight"] == rates["fusion.weight"] == pytest.approx(0.75 * 3e-4)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.75 * 3e-4), "the rate that nnU-Net logs"
+    top, below = rates["encoder.blocks.3.attn.qkv.weight"], rates["encoder.blocks.2.mlp.fc1.bias"]
+    assert rates["encoder.norm.weight"] == top == pytest.approx(0.75 * 3e-5)
+    assert below == pytest.approx(0.9 * top)
+    assert rates["encoder.patch_embed.proj.weight"] == pytest.approx(0.9**4 * top)
+    assert set(rates) == {name for name, _ in trainer.network.named_parameters()} - {"encoder.mask_token"}
+    assert encoder_rate("blocks.11.ls1.gamma", 12) == 0.1
+    assert encoder_rate("cls_token", 12) == pytest.approx(0.1 * 0.9**12)
 
-    monkeypatch.setenv(trainer.ENCODER_VARIABLE, str(save_small_encoder(tmp_path / "other", seed=1)))
-    other = nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"was trained with encoder .* set it to the first"):
-        other.load_checkpoint(str(tmp_path / "checkpoint.pth"))
+
+def test_the_linear_trainer_trains_fusion_and_one_layer(small_trainer: nnUNetTrainerBrainDINOFrozen):
+    trainer = nnUNetTrainerBrainDINOLinear(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
+    trainer.initialize()
+    assert count_parameters(trainer.network).trainable == 2 * 3 + 64 * 2 + 2
+
+
+def test_the_papers_case_prints_the_papers_numbers(
+    tmp_path: Path, small_trainer: nnUNetTrainerBrainDINOFrozen, capsys: pytest.CaptureFixture[str]
+):
+    four = {"channel_names": {str(i): "T1" for i in range(4)}, "file_ending": ".nii.gz"}
+    regions = {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [1, 3], "enhancing tumor": [3]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(_startup.ENCODER_VARIABLE, "untrained:vit_base")
+        dataset = {**four, "labels": regions, "regions_class_order": [2, 1, 3]}
+        trainer = nnUNetTrainerBrainDINOFrozen(make_plans(), "2d", 0, dataset, torch.device("cpu"))
+        trainer.initialize()
+    printed = capsys.readouterr().out
+    assert "BrainDINO: 25,076,751 of 110,718,735 parameters trained (22.65 %)" in printed
+    assert re.search(r"BrainDINO: frozen encoder .*vit_base.*, sha256 [0-9a-f]{64}", printed)
+
+
+def test_the_fusion_is_fixed_after_a_tenth_of_the_epochs_also_when_continued(
+    small_trainer: nnUNetTrainerBrainDINOFrozen, capsys: pytest.CaptureFixture[str]
+):
+    def start_epoch(epoch: int) -> nnUNetTrainerBrainDINOFrozenFixedFusion:
+        trainer = nnUNetTrainerBrainDINOFrozenFixedFusion(make_plans(), "2d", 0, DATASET_JSON, torch.device("cpu"))
+        trainer.initialize()
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        return trainer
+
+    trainer = start_epoch(9)
+    assert trainer.fusion_epochs == 10
+    assert trainer.network.fusion.weight.requires_grad
+    trainer.current_epoch = 10
+    trainer.on_train_epoch_start()
+    assert not trainer.network.fusion.weight.requires_grad
+    assert not trainer.network.encode(torch.zeros(1, 2, 32, 32)).requires_grad
+    assert "fusion fixed after 10 epochs" in capsys.readouterr().out
+    before = trainer.network.fusion.weight.clone()
+    trainer.network(torch.randn(1, 2, 32, 32)).square().mean().backward()
+    trainer.optimizer.step()
+    assert torch.equal(trainer.network.fusion.weight, before), "no weight decay either"
+    assert not start_epoch(50).network.fusion.weight.requires_grad
 
 
 def test_the_start_up_hook_appends_our_folder_once_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch):
@@ -201,7 +287,7 @@ def test_the_installed_package_makes_a_fresh_python_know_the_trainer_folder(tmp_
 
 
 TWO_ITERATIONS = """
-from nnunet_braindino.trainer import nnUNetTrainerBrainDINOFrozen_demo
+from nnunet_braindino.trainer_variants import nnUNetTrainerBrainDINOContext_demo, nnUNetTrainerBrainDINOFrozen_demo
 
 
 class nnUNetTrainerTwoIterations(nnUNetTrainerBrainDINOFrozen_demo):
@@ -210,6 +296,13 @@ class nnUNetTrainerTwoIterations(nnUNetTrainerBrainDINOFrozen_demo):
     validation_iterations = 1
     patch_size = (256, 256)
     largest_batch = 2
+
+
+class nnUNetTrainerTwoStacks(nnUNetTrainerBrainDINOContext_demo):
+    epochs = 1
+    iterations = 2
+    validation_iterations = 1
+    patch_size = (64, 64)
 """
 
 
@@ -284,8 +377,15 @@ def test_nnunet_plans_trains_and_predicts_from_elsewhere_with_the_encoder_gone(t
     reference, reference_affine = load_labels(labels_dir / "p2.nii.gz")
     assert predicted.shape == reference.shape == (40, 36, 8)
     np.testing.assert_allclose(affine, reference_affine, atol=1e-5)
-    run("braindino", "nnunet", "score", predictions, labels_dir)
-    scores = json.loads((predictions / "scores" / "scores.json").read_text())
-    assert set(scores["regions"]) == {"rim", "core"}
+    assert set(np.unique(predicted)) <= {0, 1, 2}
+
+    # The trainer that looks at neighbouring slices, on the same preprocessed slices.
+    (tmp_path / "gone").rename(encoder)
+    name = "nnUNetTrainerTwoStacks"
+    run("nnUNetv2_train", 9, "2d", 0, "-tr", name, "-device", "cpu", BRAINDINO_ENCODER=str(encoder))
+    assert "patches [5, 64, 64], batch size 2" in logs[-1]
+    model = model.with_name(f"{name}__nnUNetPlans__2d")
+    run("braindino", "segment", model, images_dir, tmp_path / "context", "--device", "cpu")
+    assert load_labels(tmp_path / "context" / "p2.nii.gz")[0].shape == (40, 36, 8)
     ours = [line for log in logs for line in log.splitlines() if "Warning" in line and "braindino/" in line]
     assert ours == []

@@ -190,9 +190,7 @@ def test_the_scores_of_all_rows_are_never_held_at_once(monkeypatch) -> None:
     features = unit(1, M, WIDTH, seed=26)
     prototypes, teacher = weight(27).requires_grad_(), Teacher(features, weight(28), torch.zeros(K), 0.05)
     with _Largest() as largest:
-        prototype_loss(
-            features, prototypes, teacher, targets=((1.0,),), weights=torch.ones(1, M), temperature=0.1
-        )
+        prototype_loss(features, prototypes, teacher, targets=((1.0,),), weights=torch.ones(1, M), temperature=0.1)
     assert M > 4 and largest.values == max(4 * K, WIDTH * K)
 
 

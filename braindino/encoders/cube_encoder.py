@@ -1,0 +1,93 @@
+"""What the three encoders of cubes share: preparation, batches, turning to the encoder's orientation and back."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from braindino.encoders.contract import (
+    Features,
+    Identity,
+    Layers,
+    Prepared,
+    TokenGrid,
+    VolumeEncoder,
+    even_centres,
+)
+from braindino.encoders.cube import CubePreparation, turn
+from braindino.encoders.uniformer import UniFormer
+from braindino.encoders.volume_transformer import BMMAETransformer, BrainIACTransformer
+from braindino.volume import Volume
+from braindino.weights import hash_weights
+
+CubeNetwork = UniFormer | BMMAETransformer | BrainIACTransformer
+
+
+class CubeFeatures(NamedTuple):
+    """Features of B cubes."""
+
+    global_: Tensor
+    """(B, D)."""
+    layers: Layers
+    """(B, D) each, D by depth."""
+    maps: Tensor
+    """(B, D, x, y, z) tokens of the last layer, in the orientation and the order of axes of the images."""
+
+
+class CubeEncoder(VolumeEncoder):
+    """A network of cubes (B, 1, X, Y, Z) behind the contract."""
+
+    network: CubeNetwork
+
+    def __init__(
+        self, network: CubeNetwork, *, name: str, dim: int, preparation: CubePreparation, reading: dict[str, Any]
+    ) -> None:
+        """Freezes ``network`` and puts it into ``eval()``."""
+        network.eval().requires_grad_(False)
+        network.name, network.sha256 = name, hash_weights(network.state_dict())
+        self.network = network
+        self.dim = dim
+        self.preparation = preparation
+        self.identity = Identity(name, network.sha256, preparation.describe(), reading)
+
+    def prepare(self, volume: Volume, *, sequence: str | None = None) -> Prepared:
+        return self.preparation.apply(volume, sequence=sequence)
+
+    def encode(
+        self, prepared: Sequence[Prepared], *, batch_size: int | None = None, with_tokens: bool = True
+    ) -> list[Features]:
+        """See ``VolumeEncoder``; one volume in a pass unless ``batch_size`` says more."""
+        features = []
+        step = batch_size or 1
+        with torch.inference_mode():
+            for start in range(0, len(prepared), step):
+                features += self._encode_batch(prepared[start : start + step], with_tokens)
+        return features
+
+    def _encode_batch(self, batch: Sequence[Prepared], with_tokens: bool) -> list[Features]:
+        images = torch.stack([each.data for each in batch]).to(self.device)
+        images = turn(images, self.preparation.orientation)
+        result = self._features(images, [each.sequence for each in batch])
+        features = []
+        for index, each in enumerate(batch):
+            early, mid, late = (layer[index].float().cpu() for layer in result.layers)
+            tokens = None
+            if with_tokens:
+                grid = turn(result.maps[index], self.preparation.orientation).movedim(0, -1).float().cpu()
+                x, y, z = (even_centres(self.preparation.size, num) for num in grid.shape[:3])
+                tokens = TokenGrid(grid.contiguous(), (x, y, z), each.affine, each.volume_affine)
+            global_ = result.global_[index].float().cpu()
+            features.append(Features(global_, Layers(early, mid, late), tokens, None))
+        return features
+
+    @abstractmethod
+    def _features(self, images: Tensor, sequences: Sequence[str | None]) -> CubeFeatures:
+        """The features of images (B, 1, X, Y, Z) in the encoder's own orientation."""
+
+
+def as_map(tokens: Tensor) -> Tensor:
+    """(B, N, D) tokens of a cubic grid, the last axis fastest -> (B, D, x, y, z)."""
+    edge = round(tokens.shape[1] ** (1 / 3))
+    return tokens.transpose(1, 2).unflatten(2, (edge, edge, edge))
