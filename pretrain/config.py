@@ -268,10 +268,10 @@ class PretrainConfig:
     """Iterations between rows of metrics.jsonl."""
     probe_every: int = 2_500
     """Iterations between looks at what the teacher has learnt: nearest neighbours for the sequence type, and the labels
-    of probe_labels, on a fixed set of slices; maps of some of them (ours). 0: never. Nearest neighbours need two
+    of probe_labels, on a fixed set of scans; maps of some slices (ours). 0: never. Nearest neighbours need two
     answers and four subjects. Not with sharded networks (fsdp)."""
     probe_slices: int = 512
-    """Slices of that set."""
+    """Slices of that set, four of each scan."""
     probe_k: int = 5
     """Neighbours."""
     probe_subjects: Path | None = None

@@ -16,12 +16,13 @@ from matplotlib.figure import Figure
 from braindino.atomic import replace_file
 from braindino.manifest import UNKNOWN_SEQUENCE
 from braindino.patch_maps import encode_patches, foreground_patches, pca_map, similarity_map, upsample
-from braindino.pretrain.probes import MIDDLE
 from braindino.slice_store import SliceStore
 from braindino.vision_transformer import VisionTransformer
 
 FORMAT_VERSION = 1
 MAX_LOOKS_DRAWN = 8
+# Of the 256 axial slices of a standardised volume.
+MIDDLE = 128
 _REFERENCE_COLOUR = "#ffd400"
 
 

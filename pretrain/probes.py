@@ -1,10 +1,11 @@
-"""What the encoder has learnt so far, asked of a fixed set of slices: which sequence is this, and what else is known.
+"""What the encoder has learnt so far, asked of a fixed set of scans: which sequence is this, and what else is known.
 
-Sequence types are labels that every store has for free; others come from label tables. Slices of half of the subjects
-are a memory, those of the other half are asked; or those asked are named, and kept out of training. The class of a
-slice is the one that most of its nearest neighbours in the memory have (cosine; among classes with equally many, the
-larger summed similarity, paper sec. 4.6); a number is their mean. Beside each answer stand the same question asked of
-raw intensities, and the floor: always saying what is most frequent in the memory, or its median.
+A scan is the mean of the features of some of its slices, as in the paper (sec. 4.3). Sequence types are labels that
+every store has for free; others come from label tables. Scans of half of the subjects are a memory, those of the other
+half are asked; or those asked are named, and kept out of training. The class of a scan is the one that most of its
+nearest neighbours in the memory have (cosine; among classes with equally many, the larger summed similarity, paper sec.
+4.6); a number is their mean. Beside each answer stand the same question asked of raw intensities, and the floor: always
+saying what is most frequent in the memory, or its median.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -26,7 +27,8 @@ from braindino.vision_transformer import VisionTransformer
 SEQUENCE = "sequence"
 # Slices as 32 x 32 means: what intensities alone tell.
 COARSE = 32
-MIDDLE = 128
+# Of each scan, evenly over the middle half of those that it has in the store.
+SLICES_PER_SCAN = 4
 # Numbers with more different values than this are ages and the like, not codes of classes.
 MAX_NUMERIC_CLASSES = 10
 MIN_SUBJECTS = 4
@@ -34,13 +36,13 @@ _BATCH = 32
 
 
 class Question(NamedTuple):
-    """Something that is known of some of the slices.
+    """Something that is known of some of the scans.
 
     Attributes:
         name: the metric it becomes: ``knn_NAME`` for classes (accuracy), ``mae_NAME`` for numbers (mean absolute
             error in the label's unit).
-        known: (n,) bool, of which slices.
-        is_asked: (n,) bool, which slices are asked; the others are the memory.
+        known: (n,) bool, of which scans.
+        is_asked: (n,) bool, which scans are asked; the others are the memory.
         answers: (n,) class numbers (int64) or numbers (float32); anything where unknown.
         intensity: what raw intensities reach.
         floor: what the most frequent class, or the median, of the memory reaches.
@@ -59,7 +61,7 @@ class NothingToAskError(ValueError):
 
 
 class KnnProbe:
-    """Nearest-neighbour answers on slices near the middle of the brain."""
+    """Nearest-neighbour answers on scans, by slices from the middle half of each."""
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class KnnProbe:
         Args:
             store: the store that is learnt from.
             usable: indices of its slices that the run may see.
-            num_slices: at most so many are looked at, from as many scans as possible.
+            num_slices: at most so many are looked at, four of each scan, from scans drawn at random.
             k: neighbours.
             seed: chooses scans and subjects.
             labels: further questions, name -> scan_id -> label, as :func:`read_probe_labels` gives them.
@@ -104,17 +106,17 @@ class KnnProbe:
             raise NothingToAskError("; ".join(self.unasked))
         known_of = {scan.scan_id for scan in scans if any(scan.scan_id in known for known in asked_of.values())}
         self.indices = _choose(store, usable, known_of, num_slices, seed)
-        """Slices that are looked at."""
-        self.scans = [store.scan_of(index) for index in self.indices]
-        """The scan of each."""
+        """Slices that are looked at, scan by scan."""
+        rows, self._scan_of_slice = np.unique(store.scan_index[self.indices], return_inverse=True)
+        self.scans = [store.scans[row] for row in rows]
+        """Their scans."""
         if asked is None:
             subjects = sorted({scan.subject_key for scan in self.scans})
             asked = split_subjects(subjects, test_fraction=0.5, seed=seed)[1]
         self.is_asked = torch.tensor([scan.subject_key in set(asked) for scan in self.scans])
         """Whether each is asked; the others are the memory."""
         self._slices = torch.from_numpy(np.stack([store.read_float16(index) for index in self.indices]))[:, None]
-        coarse = F.adaptive_avg_pool2d(self._slices.float(), COARSE).flatten(1)
-        coarse = coarse - coarse.mean(dim=0)
+        coarse = self._by_scan(F.adaptive_avg_pool2d(self._slices.float(), COARSE).flatten(1))
         self.questions: list[Question] = []
         for name, known in asked_of.items():
             try:
@@ -139,8 +141,7 @@ class KnnProbe:
         with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             features = torch.cat([encoder(part.to(device).float()).cls.float() for part in self._slices.split(_BATCH)])
         encoder.train(training)
-        # Features of an untrained encoder share nearly all of their direction; what tells them apart is the rest.
-        features = (features - features.mean(dim=0)).cpu()
+        features = self._by_scan(features.cpu())
         row: dict[str, float] = {}
         for question in self.questions:
             answer, distance = self._answer(question, features)
@@ -151,6 +152,14 @@ class KnnProbe:
                 f"probe_{question.name}_floor": question.floor,
             }
         return row
+
+    def _by_scan(self, features: Tensor) -> Tensor:
+        """(scans, D) means of the slices' features (slices, D), centred: features of an untrained encoder share nearly
+        all of their direction, and what tells scans apart is the rest."""
+        scan = torch.from_numpy(self._scan_of_slice)
+        means = features.new_zeros(len(self.scans), features.shape[1]).index_add_(0, scan, features)
+        means = means / torch.bincount(scan)[:, None]
+        return means - means.mean(dim=0)
 
     def _answer(self, question: Question, features: Tensor) -> tuple[float, float]:
         """Accuracy or mean absolute error, and the mean cosine distance to the nearest neighbour."""
@@ -245,13 +254,17 @@ def _is_number(text: str) -> bool:
 
 
 def _choose(store: SliceStore, usable: np.ndarray, scan_ids: set[str], num_slices: int, seed: int) -> list[int]:
-    """Slices nearest to the middle of their scans, one of each scan in turn."""
+    """Slices from the middle half of scans, four of each where it has as many; of as many scans as that allows."""
     by_scan: dict[int, list[int]] = {}
     for index in usable[np.argsort(store.scan_index[usable], kind="stable")]:
         by_scan.setdefault(int(store.scan_index[index]), []).append(int(index))
     rows = [row for row in by_scan if store.scans[row].scan_id in scan_ids]
-    rows = [rows[i] for i in numpy_generator(seed, 0, "probe").permutation(len(rows))][:num_slices]
-    ordered = [sorted(by_scan[row], key=lambda index: abs(store.position_of(index) - MIDDLE)) for row in rows]
-    each = -(-num_slices // len(rows))
-    chosen = [indices[turn] for turn in range(each) for indices in ordered if turn < len(indices)]
-    return sorted(chosen[:num_slices])
+    rows = [rows[i] for i in numpy_generator(seed, 0, "probe").permutation(len(rows))]
+    chosen: list[int] = []
+    for row in rows[: max(1, num_slices // SLICES_PER_SCAN)]:
+        ordered = sorted(by_scan[row], key=store.position_of)
+        last = len(ordered) - 1
+        chosen += [
+            ordered[i] for i in np.unique(np.linspace(last / 4, 3 * last / 4, SLICES_PER_SCAN).round().astype(int))
+        ]
+    return sorted(chosen)

@@ -53,7 +53,7 @@ class Planted(torch.nn.Module):
 
 def probe_of(store: Path, **options) -> KnnProbe:
     opened = SliceStore(store)
-    return KnnProbe(opened, np.arange(len(opened)), **{"num_slices": 32, "k": 3, "seed": 0, **options})
+    return KnnProbe(opened, np.arange(len(opened)), **{"num_slices": 64, "k": 3, "seed": 0, **options})
 
 
 def test_features_that_tell_the_sequence_are_always_right_and_noise_is_at_chance(store) -> None:
@@ -67,20 +67,32 @@ def test_features_that_tell_the_sequence_are_always_right_and_noise_is_at_chance
     assert 0.0 < noise["probe_knn_sequence"] < 1.0 and noise["probe_neighbour_distance"] > 0
 
 
-def test_memory_and_questions_share_no_subject_and_slices_are_near_the_middle(store) -> None:
+def test_memory_and_questions_share_no_subject_and_slices_are_of_the_middle_half(store) -> None:
     opened = SliceStore(store)
-    probe = probe_of(store, num_slices=16)
+    probe = probe_of(store, num_slices=24)
     slices = {opened.read_float16(i).tobytes(): i for i in range(len(opened))}
     chosen = [slices[part.numpy().tobytes()] for part in probe._slices[:, 0]]
-    assert {opened.position_of(i) for i in chosen} == {120} and len({opened.scan_of(i).path for i in chosen}) == 16
-    sides = [{opened.scan_of(i).subject for i, a in zip(chosen, probe.is_asked, strict=True) if a == side}
+    assert chosen == probe.indices and {opened.position_of(i) for i in chosen} == {120, 140}
+    assert len(probe.scans) == 6 == len({opened.scan_of(i).path for i in chosen})
+    sides = [{scan.subject for scan, a in zip(probe.scans, probe.is_asked, strict=True) if a == side}
              for side in (True, False)]  # fmt: skip
     assert sides[0].isdisjoint(sides[1]) and all(sides)
 
 
+def test_a_scan_is_the_centred_mean_of_its_slices(store) -> None:
+    probe = probe_of(store, num_slices=16)
+    features = torch.randn(len(probe.indices), 3, generator=torch.Generator().manual_seed(0))
+    opened = SliceStore(store)
+    paths = [opened.scan_of(index).path for index in probe.indices]
+    means = torch.stack(
+        [features[[i for i, path in enumerate(paths) if path == scan.path]].mean(dim=0) for scan in probe.scans]
+    )
+    torch.testing.assert_close(probe._by_scan(features), means - means.mean(dim=0))
+
+
 def test_accuracy_equals_a_hand_loop_with_ties_to_the_larger_summed_similarity(store) -> None:
-    probe = probe_of(store, k=4)
-    features = torch.randn(32, 5, generator=torch.Generator().manual_seed(1))
+    probe = probe_of(store, k=4, num_slices=64)
+    features = torch.randn(16, 5, generator=torch.Generator().manual_seed(1))
     right = 0
     asked, memory = (probe.is_asked == side for side in (True, False))
     for query, label in zip(features[asked], probe.questions[0].answers[asked].tolist(), strict=True):
