@@ -81,6 +81,7 @@ def parts(options: argparse.Namespace) -> list[Part]:
     timing = ["--device", options.device, "--warmup", "1" if tiny else "3", "--steps", "1" if tiny else "10"]
     step = [sys.executable, str(HERE / "pretrain_step.py"), *size, *timing]
     full, fitting, stage2 = ("2", "2", "2") if tiny else ("256", "64", "56")
+    slow = 1 if options.device == "cuda" else 6
     others = [
         *(["--lightly-python", str(options.lightly_python)] if options.lightly_python else []),
         *(["--dinov3", str(options.dinov3), "--dinov3-python", str(options.dinov3_python)] if options.dinov3 else []),
@@ -88,17 +89,17 @@ def parts(options: argparse.Namespace) -> list[Part]:
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")]
     loader = [sys.executable, str(HERE / "loader.py"), "--workers", "4"]
     found = [
-        Part("gpu tests", tests, 90, measures_step=False),
-        Part(f"step, batch {full}", [*step, "--batch", full, "--sides", "ours"], 60),
-        Part(f"step compiled, batch {full}", [*step, "--batch", full, "--sides", "ours", "--compile"], 120),
-        Part(f"beside others, batch {fitting}", [*step, "--batch", fitting, *others], 150),
+        Part("gpu tests", tests, 90 * slow, measures_step=False),
+        Part(f"step, batch {full}", [*step, "--batch", full, "--sides", "ours"], 45 * slow),
+        Part(f"step compiled, batch {full}", [*step, "--batch", full, "--sides", "ours", "--compile"], 100 * slow),
+        Part(f"beside others, batch {fitting}", [*step, "--batch", fitting, *others], 120 * slow),
     ]
     for pair in STAGE2_PAIRS[: 1 if tiny else None]:
         crops = ["--crops", *map(str, pair), "--checkpointing"]
         name = f"stage 2, {pair[0]} / {pair[1]} px, batch {stage2}"
-        found.append(Part(name, [*step, "--batch", stage2, "--sides", "ours", *crops], 45))
+        found.append(Part(name, [*step, "--batch", stage2, "--sides", "ours", *crops], 35 * slow))
     few = ["--slices", "256", "--batch", "32", "--batches", "4"] if tiny else []
-    return [*found, Part("loader, 4 workers", [*loader, *few], 60, measures_step=False)]
+    return [*found, Part("loader, 4 workers", [*loader, *few], 40 * slow, measures_step=False)]
 
 
 def run(part: Part, figures: Path, log) -> tuple[list[str], bool]:

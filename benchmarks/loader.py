@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py [--workers 1 2 4] [--batch 256] [--slices 4096]
 
-The loader of pretraining (braindino.pretrain.data) over a store that is made here: discs of smooth noise in the shape of
-a brain, which compress like one. Batches are taken as fast as they come and dropped; the first of every worker are not
-counted. 0 workers: this process by itself. The second figure is per second of processor time, which other programs on
-the machine take nothing of. The store is in the page cache. An H100 is to take 700 slices/s.
+The loader of pretraining (braindino.pretrain.data) over a store that is made here: ellipses of smooth noise with sharp
+noise on it, zero outside, which compress like brains. Batches are taken as fast as they come and dropped; the first of
+every worker are not counted. 0 workers: this process by itself. The last figure but one is per second of processor
+time, which other programs on the machine take nothing of. The store is in the page cache. An H100 is to take 700
+slices/s.
 """
 
 import argparse

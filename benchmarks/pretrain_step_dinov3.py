@@ -4,7 +4,8 @@
 no part of this project; it is called, not copied. Its SSLMetaArch with its own default settings, but for model, crops,
 batch, prototypes and drop path (Sinkhorn-Knopp and a head for each loss are its defaults), and what its training loop
 does in an iteration: zero_grad, forward_backward, clipping per module, AdamW, moving average. Views are random and
-made before, so that reading and augmenting count for nothing. It needs omegaconf and termcolor (``--dinov3-python PATH``).
+made before, so that reading and augmenting count for nothing. It needs omegaconf and termcolor, which another Python
+may have (``--dinov3-python PATH``).
 
 On a GPU as there: FSDP in bfloat16, compiled (``--compile``) or not. On a CPU its code does not run as it stands: here
 ``Tensor.cuda`` gives the tensor itself, the one process talks to itself over gloo, and the parts that

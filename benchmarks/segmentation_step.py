@@ -92,28 +92,27 @@ def build(side: str, model: str) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def stock_network() -> nn.Module:
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     _, strides, kernels, _, _ = get_pool_and_conv_props((1.0, 1.0), PLANNED_PATCH, 4, 999999)
     widths = [min(512, 32 * 2**stage) for stage in range(len(strides))]  # the planner's, in two dimensions
-    return PlainConvUNet(
-        CHANNELS,
-        len(strides),
-        widths,
-        nn.Conv2d,
-        kernels,
-        strides,
-        2,
-        REGIONS,
-        2,
-        conv_bias=True,
-        norm_op=nn.InstanceNorm2d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-        deep_supervision=True,
-    )
+    architecture = {
+        "n_stages": len(strides),
+        "features_per_stage": widths,
+        "conv_op": nn.Conv2d,
+        "kernel_sizes": kernels,
+        "strides": strides,
+        "n_conv_per_stage": [2] * len(strides),
+        "n_conv_per_stage_decoder": [2] * (len(strides) - 1),
+        "conv_bias": True,
+        "norm_op": nn.InstanceNorm2d,
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "nonlin": nn.LeakyReLU,
+        "nonlin_kwargs": {"inplace": True},
+    }
+    name = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    return get_network_from_plans(name, architecture, (), CHANNELS, REGIONS, deep_supervision=True)
 
 
 def build_loss(num_outputs: int) -> nn.Module:

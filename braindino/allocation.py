@@ -21,7 +21,8 @@ def give_back_large_arrays() -> None:
     """Give arrays of 32 MiB and more a mapping of their own, which goes back to the system with them.
 
     For processes that hold many arrays of many sizes for long: left to itself the C library fills its heap with holes,
-    in a training step a third of it (benchmarks/RESULTS.md).
+    in a training step a third of it. Smaller arrays that are freed are used again, as in :func:`keep_freed_memory`
+    (benchmarks/RESULTS.md).
     """
     _set(_M_MMAP_THRESHOLD, _LARGE_BYTES)
     _set(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -97,7 +97,9 @@ class _GeluLinear(torch.autograd.Function):
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``. In float32 on a CPU torch gives it to MKL, which on AMD's processors takes a quarter longer than
     oneDNN, the library that torch's compiler and its half-precision products use (benchmarks/RESULTS.md)."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN and not torch.is_autocast_enabled("cpu"):
+    in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    # The compiler chooses for itself.
+    if _ONEDNN and x.device.type == "cpu" and in_float32 and not torch.compiler.is_compiling():
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
     return F.linear(x, weight, bias)

@@ -1,8 +1,8 @@
 """Residual branches of a transformer block, a few images at a time.
 
 On a CPU what a branch makes between its input and its output, up to four times the tokens, is too large for the caches
-and comes from fresh pages of the system, which cost more than the arithmetic on them. For a thousand or two of tokens it
-stays in the cache, in memory that the piece before has left. The result is that of all images at once; gradients of
+and comes from fresh pages of the system, which cost more than the arithmetic on them. For a thousand or two of tokens
+it stays in the cache, in memory that the piece before has left. The result is that of all images at once; gradients of
 parameters are summed in another order. On a GPU large launches are what is wanted, and nothing is divided.
 """
 
@@ -97,6 +97,8 @@ class _AddInPieces(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.graphs:
+            raise RuntimeError("a block that works in pieces can be differentiated once: its graph is gone")
         rows = ctx.rows
         by_x = gradient.clone()
         used = [parameter for parameter in ctx.parameters if parameter.requires_grad]

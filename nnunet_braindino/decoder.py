@@ -39,15 +39,7 @@ class PatchDecoder(nn.Module):
                 f"PatchDecoder: embed_dim must be a multiple of 4 to be halved four times from 4D, found {embed_dim}"
             )
         channels = [4 * embed_dim // 2**k for k in range(NUM_STAGES + 1)]
-        self.stages = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    nn.ConvTranspose2d(before, after, kernel_size=2, stride=2),
-                    nn.LayerNorm(after, eps=LAYER_NORM_EPS),
-                ]
-            )
-            for before, after in pairwise(channels)
-        )
+        self.stages = nn.ModuleList(DoublingStage(before, after) for before, after in pairwise(channels))
         self.to_logits = nn.Conv2d(channels[-1], num_classes, kernel_size=1)
         self.apply(_initialize)
 
@@ -58,13 +50,38 @@ class PatchDecoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         batch, height, width, _ = features.shape
-        doublings = [_as_matrix(stage[0]) for stage in self.stages]
-        logits = self.to_logits.weight.flatten(1), self.to_logits.bias
-        rows = F.linear(features.flatten(0, 2), *doublings[0])
-        for stage, (weight, bias) in zip(self.stages, [*doublings[1:], logits], strict=True):
-            norm = stage[1]
-            rows = norm_gelu_linear(rows.view(-1, norm.normalized_shape[0]), norm, weight, bias)
+        stages = [stage for stage in self.stages if isinstance(stage, DoublingStage)]
+        first, *maps = [stage.as_matrix() for stage in stages]
+        assert self.to_logits.bias is not None
+        maps.append((self.to_logits.weight.flatten(1), self.to_logits.bias))
+        rows = F.linear(features.flatten(0, 2), *first)
+        for stage, (weight, bias) in zip(stages, maps, strict=True):
+            rows = norm_gelu_linear(rows.view(-1, stage.num_channels), stage.norm, weight, bias)
         return _from_quadtree(rows, batch, height, width)
+
+
+class DoublingStage(nn.Sequential):
+    """Transposed convolution 2x2 with stride 2, LayerNorm over channels, GELU: their parameters, by the names that they
+    have in a plain sequence. The decoder computes them in other pieces."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(
+            nn.ConvTranspose2d(before, after, kernel_size=2, stride=2), nn.LayerNorm(after, eps=LAYER_NORM_EPS)
+        )
+        self.num_channels = after
+
+    @property
+    def norm(self) -> nn.LayerNorm:
+        """The norm behind the convolution."""
+        norm = self[1]
+        assert isinstance(norm, nn.LayerNorm)
+        return norm
+
+    def as_matrix(self) -> tuple[Tensor, Tensor]:
+        """(4 C', C) and (4 C',): the convolution as a linear map of one pixel to its four, row by row."""
+        convolution = self[0]
+        assert isinstance(convolution, nn.ConvTranspose2d) and convolution.bias is not None
+        return convolution.weight.permute(2, 3, 1, 0).flatten(0, 2), convolution.bias.repeat(4)
 
 
 class LinearDecoder(nn.Module):
@@ -149,12 +166,6 @@ def _chunks(x: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:
     """``of`` (x itself by default) in runs of rows that hold so many values of x."""
     values = CHUNK_VALUES.get(x.device.type, OTHER_CHUNK_VALUES)
     return (x if of is None else of).split(max(MIN_CHUNK_ROWS, values // x.shape[1]))
-
-
-def _as_matrix(convolution: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
-    """(4 C', C) and (4 C',): the transposed convolution 2x2 as a linear map of one pixel to its four, row by row."""
-    assert convolution.bias is not None
-    return convolution.weight.permute(2, 3, 1, 0).flatten(0, 2), convolution.bias.repeat(4)
 
 
 def _from_quadtree(rows: Tensor, batch: int, height: int, width: int) -> Tensor:

@@ -97,7 +97,7 @@ class EncoderNetwork(nn.Module):
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Nothing to keep: ``load_state_dict`` has compared it."""
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override] # its overloads are torch's own
         state = super().state_dict(*args, **kwargs)
         if self.leaves_encoder_out:
             prefix = kwargs.get("prefix", "") + ENCODER_PREFIX
@@ -161,6 +161,8 @@ def encoder_left_out(network: EncoderNetwork) -> Iterator[None]:
 class EncoderCheckpoints(nnUNetTrainer):
     """The trainer's side: slim checkpoints on the way, a whole one at the end, each whole or absent on the disk."""
 
+    network: Any
+    inference_allowed_mirroring_axes: Any
     trains_encoder = False
     """Whether the encoder's weights change, so that every checkpoint must hold them."""
 

@@ -70,12 +70,13 @@ class SlicePredictor(nnUNetPredictor):
     @torch.inference_mode()
     def predict_sliding_window_return_logits(self, input_image: Tensor) -> Tensor:
         """Logits (K, Z, Y, X) in half precision from a preprocessed image (C, Z, Y, X), as nnU-Net's method gives."""
-        network = getattr(self.network, "_orig_mod", self.network).to(self.device).eval()
+        network = getattr(self.network, "_orig_mod", self.network)
         if not isinstance(network, EncoderSegmenter):
             raise ValueError(
                 f"{self.trainer_name} builds a {type(network).__name__}, expected a network of a BrainDINO trainer "
                 "on configuration 2d; use nnUNetv2_predict"
             )
+        network.to(self.device).eval()
         place = self.device if self.perform_everything_on_device else torch.device("cpu")
         patch = tuple(self.configuration_manager.patch_size[-2:])
         data, inside = pad_nd_image(input_image, patch, "constant", {"value": 0}, True, None)

@@ -30,5 +30,6 @@ class nnUNetTrainerBrainDINOContext(nnUNetTrainerBrainDINOFrozen):  # noqa: N801
         )
         if mirror_axes is not None:
             # As for single slices: the head is not turned upside down.
-            mirror_axes = self.inference_allowed_mirroring_axes = tuple(axis for axis in mirror_axes if axis)
+            mirror_axes = tuple(axis for axis in mirror_axes if axis)
+            self.inference_allowed_mirroring_axes = mirror_axes
         return rotation, dummy_2d, initial_patch_size, mirror_axes

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from braindino import attention as module
-from braindino.attention import attention, available_backends, choose_backend, explain
+from braindino.attention import (
+    attention,
+    available_backends,
+    choose_backend,
+    explain,
+    rotate,
+    split_and_rotate,
+)
 
 GROUPS = [(2, 5), (3, 2), (1, 7)]
 TOTAL = 23
@@ -44,6 +51,39 @@ def test_sdpa_equals_a_dense_block_diagonal_softmax_and_its_gradients():
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def _plainly_rotated(x, angles):
+    """Every pair (i, i + head_dim / 2) as a complex number, multiplied by e^(i angle)."""
+    half = x.shape[-1] // 2
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def test_rotation_is_multiplication_by_a_complex_number_in_value_and_gradient():
+    generator = torch.Generator().manual_seed(5)
+    angles = torch.rand(TOTAL, 4, generator=generator, dtype=torch.float64) * 6
+    rope = torch.stack([angles.cos(), angles.sin()]).tile(2)[:, :, None]
+    qkv = torch.randn(TOTAL, 3 * 2 * 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    q, k, v = qkv.unflatten(-1, (3, 2, 8)).unbind(dim=1)
+    expected = _plainly_rotated(q, angles), _plainly_rotated(k, angles), v
+    found = split_and_rotate(qkv, rope, num_heads=2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(rotate(q, rope), expected[0], rtol=0, atol=1e-12)
+    weights = torch.randn(3, *q.shape, generator=generator, dtype=torch.float64)
+    (plain,) = torch.autograd.grad((torch.stack(expected) * weights).sum(), qkv, retain_graph=True)
+    (ours,) = torch.autograd.grad((torch.stack(found) * weights).sum(), qkv, retain_graph=True)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    (plain,) = torch.autograd.grad((expected[0] * weights[0]).sum(), qkv, retain_graph=True)
+    (ours,) = torch.autograd.grad((rotate(q, rope) * weights[0]).sum(), qkv)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+
+
+def test_half_precision_is_rotated_in_the_precision_of_the_table():
+    angles = torch.rand(TOTAL, 4) * 6
+    rope = torch.stack([angles.cos(), angles.sin()]).tile(2)[:, :, None]
+    x = torch.randn(TOTAL, 2, 8).bfloat16()
+    torch.testing.assert_close(rotate(x, rope), _plainly_rotated(x.float(), angles).bfloat16(), rtol=0, atol=0)
 
 
 def test_a_token_never_sees_another_sequence():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from braindino.lean_linear import gelu_linear, norm_linear
+from braindino.lean_linear import linear as lean_linear
 
 ROWS, WIDTH, OUT = 7, 12, 5
 
@@ -43,6 +44,20 @@ def test_values_and_gradients_are_those_of_the_plain_functions(with_bias: bool) 
         1e-12,
     )
     compare(gelu_linear(x, linear.weight, bias), F.linear(F.gelu(x), linear.weight, bias), own, 1e-12)
+    compare(lean_linear(x, linear.weight, bias), F.linear(x, linear.weight, bias), own, 1e-12)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_float32_products_agree_with_torchs_whichever_library_makes_them(with_bias: bool) -> None:
+    x, norm, linear = parts(torch.float32)
+    bias = linear.bias if with_bias else None
+    own = [x, linear.weight, *([linear.bias] if with_bias else [])]
+    compare(lean_linear(x, linear.weight, bias), F.linear(x, linear.weight, bias), own, 1e-5)
+    compare(norm_linear(x, norm, linear.weight, bias), F.linear(norm(x), linear.weight, bias), own, 1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(lean_linear(x, linear.weight, bias), F.linear(x, linear.weight, bias))
+    strided = torch.randn(OUT, ROWS).T
+    torch.testing.assert_close(lean_linear(strided, linear.weight.T), strided @ linear.weight)
 
 
 def test_autocast_gives_half_precision_products_and_full_precision_gradients() -> None:

@@ -144,9 +144,9 @@ def test_nnunets_programs_find_the_trainers(tmp_path: Path, encoder: Path, their
     assert f"Could not find requested nnunet trainer {TRAINER}" in off
 
     report = environment.run("braindino", "doctor", BRAINDINO_ENCODER=str(encoder))
-    for name in editable:
-        place = sources[name] if editable[name] else environment.folder / "venv"
-        kind = "editable" if editable[name] else "regular"
+    for name, is_editable in editable.items():
+        place = sources[name] if is_editable else environment.folder / "venv"
+        kind = "editable" if is_editable else "regular"
         assert re.search(rf"{name} \d+\.\d+\.\d+, {kind} install, in {re.escape(str(place))}", report), report
     assert "nnUNetTrainerBrainDINOFrozen: nnU-Net finds it in nnunet_braindino.trainer" in report
     assert re.search(r"encoder: .*, sha256 [0-9a-f]{64}, from BRAINDINO_ENCODER", report)

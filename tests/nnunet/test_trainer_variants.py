@@ -15,7 +15,7 @@ from braindino.vision_transformer import VisionTransformer
 from nnunet_braindino import _startup, trainer_variants
 from nnunet_braindino.trainer import nnUNetTrainerBrainDINOFrozen
 from nnunet_braindino.trainer_finetune import nnUNetTrainerBrainDINOFinetune
-from nnunet_braindino.trainer_variants import FULL_TRAINERS, choose_cases, find_trainer, subject_of, trainer_names
+from nnunet_braindino.trainer_variants import choose_cases, find_trainer, subject_of, trainer_names
 
 
 def qualified_name(trainer: type) -> str:

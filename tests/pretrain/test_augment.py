@@ -144,6 +144,7 @@ def test_the_random_numbers_of_views_do_not_depend_on_the_device() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_views_cut_on_the_gpu_equal_those_cut_on_the_cpu() -> None:
     (on_cpu, cpu_state), (on_gpu, state) = views_on("cpu"), views_on("cuda")
     assert torch.equal(state, cpu_state)
