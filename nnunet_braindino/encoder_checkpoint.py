@@ -21,6 +21,7 @@ from braindino.atomic import replace_file
 from braindino.vision_transformer import VisionTransformer
 from braindino.weights import hash_weights, load_encoder
 from nnunet_braindino._startup import ENCODER_VARIABLE, encoder_name
+from nnunet_braindino.predictions import write_prediction_source
 
 PLANS_KEY = "braindino"
 FINAL_CHECKPOINT = "checkpoint_final.pth"
@@ -163,6 +164,8 @@ class EncoderCheckpoints(nnUNetTrainer):
 
     network: Any
     inference_allowed_mirroring_axes: Any
+    weights_are_of = "weights that were not saved"
+    """The checkpoint that was saved of, or loaded into, the network last."""
     trains_encoder = False
     """Whether the encoder's weights change, so that every checkpoint must hold them."""
 
@@ -177,6 +180,8 @@ class EncoderCheckpoints(nnUNetTrainer):
         slim = nullcontext() if is_final or self.trains_encoder else encoder_left_out(network)
         with replace_file(filename) as temporary, slim:
             super().save_checkpoint(str(temporary))
+        if is_final:
+            self.weights_are_of = FINAL_CHECKPOINT
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """Continue (``--c``) or validate (``--val``); the encoder must be the one that the checkpoint was trained
@@ -186,6 +191,14 @@ class EncoderCheckpoints(nnUNetTrainer):
             super().load_checkpoint(filename_or_checkpoint)
         except ValueError as error:
             raise ValueError(f"{filename_or_checkpoint}: {error}") from error
+        if isinstance(filename_or_checkpoint, str | Path):
+            self.weights_are_of = Path(filename_or_checkpoint).name
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's, and beside the predictions the checkpoint that made them, which nnU-Net does not tell."""
+        super().perform_actual_validation(save_probabilities)
+        if self.local_rank == 0:
+            write_prediction_source(Path(self.output_folder) / "validation", self.weights_are_of)
 
     def plain_network(self) -> Any:
         """The network without the wrappers of DDP and torch.compile."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from nnunet_braindino.context import REACH, ContextSegmenter
 from nnunet_braindino.encoder_checkpoint import FINAL_CHECKPOINT
 from nnunet_braindino.network import EncoderSegmenter
+from nnunet_braindino.predictions import write_prediction_source
 from nnunet_braindino.trainer_plans import ENCODER_PATCH
 
 BATCH_SIZE = 16
@@ -237,6 +238,7 @@ def segment(command: Segment) -> None:
         )
     else:
         predictor.predict_from_files_sequential(**names)
+    write_prediction_source(command.out, command.checkpoint)
 
 
 def _folds(command: Segment) -> tuple[str, ...]:

@@ -179,6 +179,9 @@ def test_checkpoints_are_slim_on_the_way_and_whole_at_the_end(tmp_path: Path):
         assert torch.equal(final[f"encoder.{key}"], value)
     assert (folder / "checkpoint_best.pth").stat().st_size < (folder / "checkpoint_final.pth").stat().st_size
     assert not list(folder.glob(".tmp-*"))
+    assert trainer.weights_are_of == "checkpoint_final.pth"
+    trainer.load_checkpoint(str(folder / "checkpoint_best.pth"))  # as --val_best does before it validates
+    assert trainer.weights_are_of == "checkpoint_best.pth"
     whole = read_checkpoint(Path(train(FINETUNE, tmp_path / "tuned").output_folder) / "checkpoint_best.pth")
     assert any(key.startswith("encoder.") for key in whole["network_weights"])
 

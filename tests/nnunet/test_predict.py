@@ -14,6 +14,7 @@ from braindino.vision_transformer import VisionTransformer
 from braindino.volume import load_labels, save_array
 from nnunet_braindino import _startup
 from nnunet_braindino.predict import Box, SlicePredictor
+from nnunet_braindino.predictions import read_prediction_source
 from nnunet_braindino.trainer_variants import FULL_TRAINERS
 
 FROZEN, CONTEXT = "nnUNetTrainerBrainDINOFrozen", "nnUNetTrainerBrainDINOContext"
@@ -194,7 +195,8 @@ def test_the_command_writes_the_files_that_nnunet_writes(tmp_path: Path, capsys:
     predictor_of(nnUNetPredictor, model).predict_from_files_sequential(str(images), str(tmp_path / "stock"))
     assert cli.main(["segment", str(model), str(images), str(tmp_path / "ours"), "--device", "cpu"]) == 0
     names = sorted(path.name for path in (tmp_path / "ours").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "stock").iterdir())
+    assert names == sorted([*(path.name for path in (tmp_path / "stock").iterdir()), "prediction_source.json"])
+    assert read_prediction_source(tmp_path / "ours") == "checkpoint_final.pth"
     for number in range(2):
         found, affine = load_labels(tmp_path / "ours" / f"case{number}.nii.gz")
         expected, expected_affine = load_labels(tmp_path / "stock" / f"case{number}.nii.gz")

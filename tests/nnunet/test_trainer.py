@@ -19,6 +19,7 @@ from braindino.vision_transformer import VisionTransformer
 from braindino.volume import load_labels, save_array
 from nnunet_braindino import _startup, trainer_plans
 from nnunet_braindino.network import count_parameters
+from nnunet_braindino.predictions import read_prediction_source
 from nnunet_braindino.trainer import (
     nnUNetTrainerBrainDINOFrozen,
     nnUNetTrainerBrainDINOFrozenFixedFusion,
@@ -362,6 +363,7 @@ def test_nnunet_plans_trains_and_predicts_from_elsewhere_with_the_encoder_gone(t
     run("nnUNetv2_train", 9, "2d", 0, "-tr", name, "-device", "cpu", BRAINDINO_ENCODER=str(encoder))
 
     model = tmp_path / "results" / "Dataset009_Balls" / f"{name}__nnUNetPlans__2d"
+    assert read_prediction_source(model / "fold_0" / "validation") == "checkpoint_final.pth"
     checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
     for key, value in load_encoder(encoder).state_dict().items():
         assert torch.equal(checkpoint["network_weights"][f"encoder.{key}"], value), key
