@@ -11,7 +11,8 @@ from torch import nn
 from braindino.vision_transformer import VisionTransformer, vit_base, vit_large, vit_small, vit_tiny
 from braindino.weights import to_timm_state
 
-TOLERANCE = 1e-5
+# Twelve blocks of float32 products that two libraries sum in another order; see the float64 test for the formula.
+TOLERANCE = 5e-5
 
 
 def _randomize(encoder, seed=0):

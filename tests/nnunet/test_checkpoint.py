@@ -15,11 +15,13 @@ from nnunetv2.model_sharing.model_import import install_model_from_zip_file
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as stock  # noqa: N813
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn.parallel import DistributedDataParallel
 
 from braindino import load_encoder, save_encoder
 from braindino.vision_transformer import VisionTransformer
 from nnunet_braindino import _startup
+from nnunet_braindino.predictions import read_prediction_source
 from nnunet_braindino.trainer_variants import FULL_TRAINERS
 
 DATASET = "Dataset001_Test"
@@ -184,6 +186,15 @@ def test_checkpoints_are_slim_on_the_way_and_whole_at_the_end(tmp_path: Path):
     assert trainer.weights_are_of == "checkpoint_best.pth"
     whole = read_checkpoint(Path(train(FINETUNE, tmp_path / "tuned").output_folder) / "checkpoint_best.pth")
     assert any(key.startswith("encoder.") for key in whole["network_weights"])
+
+
+def test_validation_tells_which_checkpoint_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trainer = train(FROZEN, tmp_path / "results")
+    folder = Path(trainer.output_folder)
+    # nnU-Net's own predicts and scores whole volumes, and makes the folder.
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", lambda *_: (folder / "validation").mkdir())
+    trainer.perform_actual_validation()
+    assert read_prediction_source(folder / "validation") == "checkpoint_final.pth"
 
 
 @pytest.mark.fault

@@ -363,7 +363,6 @@ def test_nnunet_plans_trains_and_predicts_from_elsewhere_with_the_encoder_gone(t
     run("nnUNetv2_train", 9, "2d", 0, "-tr", name, "-device", "cpu", BRAINDINO_ENCODER=str(encoder))
 
     model = tmp_path / "results" / "Dataset009_Balls" / f"{name}__nnUNetPlans__2d"
-    assert read_prediction_source(model / "fold_0" / "validation") == "checkpoint_final.pth"
     checkpoint = torch.load(model / "fold_0" / "checkpoint_final.pth", weights_only=False)
     for key, value in load_encoder(encoder).state_dict().items():
         assert torch.equal(checkpoint["network_weights"][f"encoder.{key}"], value), key
@@ -389,5 +388,6 @@ def test_nnunet_plans_trains_and_predicts_from_elsewhere_with_the_encoder_gone(t
     model = model.with_name(f"{name}__nnUNetPlans__2d")
     run("braindino", "segment", model, images_dir, tmp_path / "context", "--device", "cpu")
     assert load_labels(tmp_path / "context" / "p2.nii.gz")[0].shape == (40, 36, 8)
+    assert read_prediction_source(tmp_path / "context") == "checkpoint_final.pth"
     ours = [line for log in logs for line in log.splitlines() if "Warning" in line and "braindino/" in line]
     assert ours == []

@@ -213,7 +213,7 @@ with join_processes("cpu") as processes:
         assert processes.is_main
     except MainProcessError:
         assert not processes.is_main
-    print("passed", processes.rank)
+    print("passed")
 """
 
 
@@ -224,7 +224,7 @@ def test_log_sum_exp_over_processes_is_exact_with_huge_empty_and_broken_parts(tm
         [sys.executable, *TORCHRUN, str(script)], capture_output=True, text=True, timeout=120, check=False
     )
     assert output.returncode == 0, output.stderr
-    assert "passed 0" in output.stdout and "passed 1" in output.stdout
+    assert output.stdout.count("passed") == 2
 
 
 def test_parts_of_the_global_batch_are_contiguous_and_complete() -> None:

@@ -162,7 +162,7 @@ def assert_same_features(features: tuple[torch.Tensor, torch.Tensor], encoder: V
 # ---- the snippets, each in a process of its own --------------------------------------------------------------------
 
 # Their attention sums in another order than ours: differences of float32, as measured in tests/core/test_weights.py.
-TOLERANCE = {"native": 0.0, "teacher": 0.0, "dinov3": 0.0, "timm": 1e-5, "hf": 1e-5}
+TOLERANCE = {"native": 0.0, "teacher": 0.0, "dinov3": 0.0, "timm": 5e-5, "hf": 5e-5}
 
 
 @pytest.mark.parametrize("format", FORMATS)
