@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from braindino.downstream import intensity
+from braindino.encoders import intensity
 from braindino.feature_table import FeatureTableWriter
 from braindino.manifest import Scan, load_brain, mask_path
 from braindino.slices import axial_slices, uniform_indices

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from braindino.downstream.extract import main
-from braindino.downstream.intensity import encode_intensity
+from braindino.encoders.intensity import encode_intensity
 from braindino.feature_table import FeatureTable
 from braindino.leakage import Exposure, exposure_of_encoder, write_exposure
 from braindino.manifest import Scan, load_brain, mask_path, read_scans, write_scans
