@@ -160,12 +160,18 @@ def encoder_left_out(network: EncoderNetwork) -> Iterator[None]:
 
 
 class EncoderCheckpoints(nnUNetTrainer):
-    """The trainer's side: slim checkpoints on the way, a whole one at the end, each whole or absent on the disk."""
+    """The trainer's side: slim checkpoints on the way, a whole one at the end, each whole or absent on the disk.
+
+    No deep supervision, and mirroring that can be left out.
+    """
 
     network: Any
     inference_allowed_mirroring_axes: Any
     weights_are_of = "weights that were not saved"
     """The checkpoint that was saved of, or loaded into, the network last."""
+    mirroring = True
+    """Mirror in augmentation and average over mirrored predictions, as nnU-Net does (4 forward passes per slice, 8 per
+    cube)."""
     trains_encoder = False
     """Whether the encoder's weights change, so that every checkpoint must hold them."""
 
@@ -199,6 +205,17 @@ class EncoderCheckpoints(nnUNetTrainer):
         super().perform_actual_validation(save_probabilities)
         if self.local_rank == 0:
             write_prediction_source(Path(self.output_folder) / "validation", self.weights_are_of)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Nothing to switch: the decoder has one output."""
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if not self.mirroring:
+            mirror_axes = self.inference_allowed_mirroring_axes = None
+        return rotation, dummy_2d, initial_patch_size, mirror_axes
 
     def plain_network(self) -> Any:
         """The network without the wrappers of DDP and torch.compile."""

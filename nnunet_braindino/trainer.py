@@ -64,8 +64,6 @@ class nnUNetTrainerBrainDINOFrozen(EncoderCheckpoints):  # noqa: N801 (nnU-Net f
     """Slices in a stack, for trainers that look at neighbouring slices; None for single slices."""
     largest_batch: int | None = None
     """Upper bound of the slices in a batch, for machines without a GPU; None keeps the planner's pixel budget."""
-    mirroring = True
-    """Mirror in augmentation and average over mirrored predictions, as nnU-Net does (4 forward passes per slice)."""
 
     def __init__(
         self,
@@ -143,17 +141,6 @@ class nnUNetTrainerBrainDINOFrozen(EncoderCheckpoints):  # noqa: N801 (nnU-Net f
         """What is trained, with ``rate_factor``, the learning rate as a multiple of the trainer's."""
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         return [{"params": trained, "rate_factor": 1.0}]
-
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Nothing to switch: the decoder has one output."""
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802 (nnU-Net's name)
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
-            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        if not self.mirroring:
-            mirror_axes = self.inference_allowed_mirroring_axes = None
-        return rotation, dummy_2d, initial_patch_size, mirror_axes
 
     def _warn(self, warnings: list[str]) -> None:
         for warning in warnings:

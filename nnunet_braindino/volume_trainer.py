@@ -6,7 +6,6 @@ learning rate hardly fell; here the rate falls to 0 over the epochs really run, 
 """
 
 import math
-from typing import Any
 
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -54,8 +53,6 @@ class FrozenVolumeTrainer(EncoderCheckpoints):
     learning_rate = LEARNING_RATE
     largest_batch: int | None = None
     """Upper bound of the patches in a batch; None keeps the planner's voxel budget."""
-    mirroring = True
-    """Mirror in augmentation and average over mirrored predictions, as nnU-Net does (8 forward passes per patch)."""
 
     def __init__(
         self,
@@ -116,17 +113,6 @@ class FrozenVolumeTrainer(EncoderCheckpoints):
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.initial_lr, weight_decay=self.weight_decay, betas=BETAS)
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, exponent=1.0)
-
-    def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Nothing to switch: the decoder has one output."""
-
-    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple[Any, ...]:  # noqa: N802 (nnU-Net's name)
-        rotation, dummy_2d, initial_patch_size, mirror_axes = (
-            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        if not self.mirroring:
-            mirror_axes = self.inference_allowed_mirroring_axes = None
-        return rotation, dummy_2d, initial_patch_size, mirror_axes
 
 
 class nnUNetTrainerBrainMVPFrozen(FrozenVolumeTrainer):  # noqa: N801 (nnU-Net finds trainers by names of this form)
