@@ -51,6 +51,7 @@ setup(
     package_data={
         "braindino": ["crosswalks/*.tsv"],
         "braindino.preprocessing": ["cohorts/*.yaml"],
+        "braindino.downstream": ["tasks/*.yaml"],
         "nnunet_braindino": ["nnunet_trainers/*.py"],
     },
     cmdclass={"build_py": BuildWithStartupFiles},
@@ -70,6 +71,7 @@ setup(
         "safetensors",
         "tyro",
         "scikit-learn",
+        "imbalanced-learn",
         "scipy",
         "pandas",
         "matplotlib",

@@ -136,8 +136,8 @@ def build_steps(data: Path, out: Path) -> list[Step]:
                 encoder,
                 "--out",
                 features / name,
-                "--num-slices",
-                32,
+                "--options",
+                "num_slices=32",
             )
         )
     steps.append(

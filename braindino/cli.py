@@ -35,12 +35,15 @@ VERBS = {
     "segment-eval": Verb("nnunet_braindino.segment_eval", "Dice and HD95 of trainers side by side, with intervals"),
     "extract": Verb("braindino.downstream.extract", "features of prepared scans from a frozen encoder"),
     "evaluate": Verb("braindino.downstream.evaluate", "light heads and kNN on features, with intervals"),
+    "tasks": Verb("braindino.downstream.list_tasks", "what can be evaluated, and how"),
+    "reproduce": Verb("braindino.downstream.reproduce", "the same numbers again, from what an evaluation left"),
     "report": Verb("braindino.report.page", "one page with everything a folder holds"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; its exit code: 0 all done, 1 error, 2 usage, 3 finished with some scans quarantined."""
+    """Run one verb; its exit code: 0 all done, 1 error, 2 usage, 3 finished with some scans quarantined, 4
+    not reproduced."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())

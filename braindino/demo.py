@@ -93,8 +93,8 @@ def build_steps(out: Path, config: Demo) -> list[Step]:
                 encoder,
                 "--out",
                 features / name,
-                "--num-slices",
-                NUM_SLICES,
+                "--options",
+                f"num_slices={NUM_SLICES}",
             )
         )
     for task in ("sequence", "brain_age", "knn_sequence"):

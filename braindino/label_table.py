@@ -13,6 +13,10 @@ SUBJECT_COLUMNS = ("subject", "participant_id")
 SESSION_COLUMNS = ("session", "session_id")
 
 
+class NoColumnError(ValueError):
+    """No label table has the column that was asked for."""
+
+
 class LabelKey(NamedTuple):
     """Whom a label is about; an empty cohort or session means any."""
 
@@ -36,7 +40,8 @@ def read_labels(sources: Sequence[Path], column: str) -> dict[LabelKey, Label]:
     ``session`` or ``session_id`` and ``cohort``. Prefixes ``sub-`` and ``ses-`` do not matter.
 
     Raises:
-        ValueError: no table has the column, a table names no subjects, or two rows about the same scan disagree.
+        NoColumnError: no table has the column.
+        ValueError: a table names no subjects, or two rows about the same scan disagree.
     """
     labels: dict[LabelKey, Label] = {}
     columns_seen: dict[Path, list[str]] = {}
@@ -61,7 +66,7 @@ def read_labels(sources: Sequence[Path], column: str) -> dict[LabelKey, Label]:
                 labels[key] = Label(text, place)
     if not any(column in columns for columns in columns_seen.values()):
         found = "; ".join(f"{path} has {columns}" for path, columns in columns_seen.items())
-        raise ValueError(f"no label table has a column {column!r}: {found}")
+        raise NoColumnError(f"no label table has a column {column!r}: {found}")
     return labels
 
 

@@ -38,21 +38,12 @@ def split_subjects(
         ValueError: fewer than two subjects, a fraction outside (0, 1), a subject without a stratum, or fewer subjects
             that may be tested on than the fraction asks for.
     """
-    by_person: dict[str, list[str]] = defaultdict(list)
-    for subject in sorted(set(subjects)):
-        by_person[subject if person_of is None else person_of[subject]].append(subject)
-    # A person goes by the first of their ids: a cohort without second ids is divided as if nobody had asked.
-    ids_of = {ids[0]: ids for ids in by_person.values()}
+    ids_of = _ids_of_persons(subjects, person_of)
     unique = sorted(ids_of)
     if len(unique) < 2:
         raise ValueError(f"found {len(unique)} subject(s); a split needs at least two")
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction: found {test_fraction}; expected a share between 0 and 1")
-    groups: dict[str, list[str]] = defaultdict(list)
-    for subject in unique:
-        if strata is not None and subject not in strata:
-            raise ValueError(f"subject {subject!r} has no stratum; give one for every subject, or none at all")
-        groups[strata[subject] if strata is not None else ""].append(subject)
 
     barred = set(train_only)
     free = {subject for subject in unique if barred.isdisjoint(ids_of[subject])}
@@ -65,18 +56,41 @@ def split_subjects(
             f"{num_test}; take a smaller fraction, or let more of them be tested on"
         )
 
-    rng = np.random.default_rng(seed)
-    shuffled = [[group[i] for i in rng.permutation(len(group))] for _, group in sorted(groups.items())]
-    # Interleave the groups by their relative position; any prefix then holds every group in proportion.
-    order = sorted(
-        ((position + 0.5) / len(group), number, subject)
-        for number, group in enumerate(shuffled)
-        for position, subject in enumerate(subject for subject in group if subject in free)
-    )
-    tested = {subject for _, _, subject in order[:num_test]}
+    order = _interleaved(unique, strata, seed=seed, wanted=free)
+    tested = set(order[:num_test])
     test = sorted(each for subject in tested for each in ids_of[subject])
     train = sorted(each for subject in unique if subject not in tested for each in ids_of[subject])
     return train, test
+
+
+def fold_subjects(
+    subjects: Iterable[str],
+    *,
+    num_folds: int,
+    seed: int,
+    strata: Mapping[str, str] | None = None,
+    person_of: Mapping[str, str] | None = None,
+) -> list[list[str]]:
+    """Disjoint folds, each sorted, that hold every subject once; sizes differ by one person at most.
+
+    Args:
+        subjects: subject keys; repeats count once.
+        num_folds: two or more, and at most one for each person.
+        seed: the folds are a function of the set of subjects, the strata and the seed.
+        strata: subject -> group; every fold has its part of every group, as far as whole subjects allow.
+        person_of: subject -> person; all ids of a person land in one fold.
+
+    Raises:
+        ValueError: fewer persons than folds, or a subject without a stratum.
+    """
+    ids_of = _ids_of_persons(subjects, person_of)
+    if not 2 <= num_folds <= len(ids_of):
+        raise ValueError(f"num_folds: found {num_folds} for {len(ids_of)} subjects; expected 2 to {len(ids_of)}")
+    # One group after another: every n-th of them holds every group in proportion.
+    order = [subject for group in _shuffled_groups(sorted(ids_of), strata, seed=seed) for subject in group]
+    return [
+        sorted(each for subject in order[number::num_folds] for each in ids_of[subject]) for number in range(num_folds)
+    ]
 
 
 def nested_subsets(subjects: Iterable[str], ratios: Sequence[float], *, seed: int) -> dict[float, list[str]]:
@@ -136,3 +150,35 @@ def write_subjects(path: str | Path, subjects: Iterable[str], *, comment: str = 
     """Write a subject list, sorted, with a comment saying what it is for, atomically."""
     head = [f"# {comment}"] if comment else []
     write_text(path, "\n".join([*head, *sorted(set(subjects))]) + "\n")
+
+
+def _ids_of_persons(subjects: Iterable[str], person_of: Mapping[str, str] | None) -> dict[str, list[str]]:
+    """First id of each person -> all their ids, sorted: a cohort without second ids is divided as if nobody had
+    asked."""
+    by_person: dict[str, list[str]] = defaultdict(list)
+    for subject in sorted(set(subjects)):
+        by_person[subject if person_of is None else person_of[subject]].append(subject)
+    return {ids[0]: ids for ids in by_person.values()}
+
+
+def _shuffled_groups(subjects: Sequence[str], strata: Mapping[str, str] | None, *, seed: int) -> list[list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for subject in subjects:
+        if strata is not None and subject not in strata:
+            raise ValueError(f"subject {subject!r} has no stratum; give one for every subject, or none at all")
+        groups[strata[subject] if strata is not None else ""].append(subject)
+    rng = np.random.default_rng(seed)
+    return [[group[i] for i in rng.permutation(len(group))] for _, group in sorted(groups.items())]
+
+
+def _interleaved(
+    subjects: Sequence[str], strata: Mapping[str, str] | None, *, seed: int, wanted: set[str]
+) -> list[str]:
+    """The wanted ones of ``subjects``, shuffled, so that any prefix holds every group in proportion: the groups are
+    interleaved by their relative position."""
+    order = sorted(
+        ((position + 0.5) / len(group), number, subject)
+        for number, group in enumerate(_shuffled_groups(subjects, strata, seed=seed))
+        for position, subject in enumerate(subject for subject in group if subject in wanted)
+    )
+    return [subject for _, _, subject in order]

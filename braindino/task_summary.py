@@ -1,12 +1,16 @@
-"""EVAL/<task>/summary.tsv: every number of a task beside its trivial baseline. Owner of the format (version 2).
+"""EVAL/<task>/summary.tsv: every number of a task beside its baselines. Owner of the format (version 3).
 
-One row per encoder, label ratio, variant (such as the k of kNN) and metric; estimates are means over the seeds, and the
-interval is the 95 % bootstrap interval over subjects. ``pretraining_overlap`` says what of the test subjects the
-encoder has seen before (``braindino.leakage``); tables of version 1 have no such column and are read as ``unknown``.
+One row per encoder, label ratio, variant (such as the k of kNN) and metric. With one test set an estimate is the mean
+over the seeds and its interval the 95 % bootstrap interval over subjects; with several (``splits``) it is the mean over
+them with Student's t interval; ``interval`` says which. ``baseline`` is the trivial predictor, ``clinical`` what age,
+sex and the like say without an image. ``warnings`` holds what a reader must know before believing the number.
+
+Older tables lack some columns and are read with those of ``ABSENT`` instead.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from braindino.leakage import UNKNOWN
 from braindino.tables import read_table, write_table
@@ -14,8 +18,21 @@ from braindino.tables import read_table, write_table
 COLUMNS = (
     "encoder", "ratio", "variant", "metric", "estimate", "low", "high", "baseline", "baseline_low", "baseline_high",
     "baseline_name", "train_subjects", "test_subjects", "seeds", "data",
-    "pretraining_overlap",
+    "pretraining_overlap", "clinical", "clinical_low", "clinical_high", "splits", "interval", "permutation_p",
+    "warnings",
 )  # fmt: skip
+ABSENT: Mapping[str, str] = MappingProxyType(
+    {
+        "pretraining_overlap": UNKNOWN,
+        "clinical": "n/a",
+        "clinical_low": "n/a",
+        "clinical_high": "n/a",
+        "splits": "1",
+        "interval": "95 % percentile bootstrap over subjects",
+        "permutation_p": "n/a",
+        "warnings": "",
+    }
+)
 
 
 def write_task_summary(path: str | Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -30,9 +47,9 @@ def read_task_summary(path: str | Path) -> list[dict[str, str]]:
         ValueError: a column is missing, a row is cut short, or there is no row.
     """
     try:
-        rows = read_table(path, COLUMNS[:-1]).rows
+        rows = read_table(path, [name for name in COLUMNS if name not in ABSENT]).rows
     except ValueError as error:
         raise ValueError(f"{error}: expected the table that `braindino evaluate` writes") from error
     if not rows:
         raise ValueError(f"{path}: no row; expected the table that `braindino evaluate` writes")
-    return [{"pretraining_overlap": UNKNOWN} | row for row in rows]
+    return [dict(ABSENT) | row for row in rows]

@@ -1,12 +1,12 @@
 """What ``extract`` and ``evaluate`` are told on the command line."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from braindino.slices import NUM_SLICES
+from braindino.downstream.finetuning import Finetuning
 
 RATIOS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # paper sec. 4.3.1
 
@@ -22,44 +22,121 @@ class ExtractConfig:
     prepared: Path
     """Folder made by `braindino prepare`."""
     encoder: str
-    """Encoder file or folder, a name such as `untrained:vit_tiny`, or `intensity`, the floor without an encoder."""
+    """Encoder file or folder, `brainmvp:PATH`, `bm-mae:PATH`, `brainiac:PATH`, `timm:MODEL`, `untrained:` and the name
+    of one such as `untrained:vit_tiny`, or `intensity`, the floor without an encoder: docs/encoders.md."""
     out: Path
-    """Folder of the features, one per encoder; evaluate calls the encoder by the name of this folder."""
-    num_slices: int = NUM_SLICES
-    """Axial slices per volume, equally spaced (paper: 128)."""
-    batch_size: int = 32
-    """Slices per pass through the encoder."""
-    jobs: int = 1
-    """Threads that load volumes ahead of the encoder."""
+    """Folder of the features, one per encoder, preparation and precision; evaluate calls the encoder by the name of
+    this folder."""
+    options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Of the encoder, such as `num_slices=64 image_size=224` or `fit=resize feature=mean`: docs/encoders.md."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the encoder computes in; auto is bfloat16 on a GPU and float32 on a CPU. Features are kept in float32."""
+    batch_size: int | None = None
+    """Slices per pass through the encoder, or volumes for an encoder of volumes; by default 32 slices or 1 volume."""
+    jobs: int | None = None
+    """Threads that load and prepare volumes ahead of the encoder, per GPU; each needs about 0.5 GB. By default one on a
+    CPU, where the encoder takes all cores, and up to 16 per GPU, as there are cores."""
     device: str = "auto"
-    """`auto` (CUDA if there is a device), `cpu`, `cuda`, `cuda:1`..."""
+    """`cpu`, `cuda` (all GPUs, a process for each), `cuda:1`...; auto takes all GPUs when there are any."""
+    part: Annotated[int | None, tyro.conf.arg(metavar="I")] = None
+    """Do only the I-th of N parts (1 to N), as in a job array; when all are done, run once more without it."""
+    of: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Number of parts."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "jobs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: found {value}; expected 1 or more")
+        if (self.part is None) != (self.of is None):
+            raise ValueError("--part I and --of N belong together")
+        if self.part is not None and self.of is not None and not 1 <= self.part <= self.of:
+            raise ValueError(f"--part {self.part} --of {self.of}: expected a part from 1 to {self.of}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Train light heads on frozen features and score them on subjects never seen, beside a trivial baseline."""
+    """Train light heads on frozen features and score them on subjects never seen, beside trivial baselines.
+
+    TASK is a row of the table of tasks (`braindino tasks` lists them) or a YAML file of the same form:
+    docs/evaluate.md. The results are a folder that `braindino reproduce` can repeat.
+    """
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")]
-    """A row of the task table: `sequence`, `brain_age` or `knn_sequence`."""
+    """A row of the table of tasks, or a YAML file of your own."""
     features: tuple[Path, ...]
-    """Feature folders made by extract, one per encoder; all are scored on the same scans and splits."""
+    """Feature folders made by extract, one per encoder; all are scored on the same cases and splits. The first is
+    compared with each of the others."""
     out: Path
-    """Folder of the results; they go to OUT/TASK/ENCODER/seed_K/ and OUT/TASK/summary.tsv."""
+    """Folder of the results; they go to OUT/TASK/."""
     labels: tuple[Path, ...] = ()
     """BIDS folders or .tsv/.csv tables with the target; needed by tasks whose target is not in the scan itself."""
     ratios: tuple[float, ...] = RATIOS
     """Shares of the training subjects to train on; smaller sets lie in larger ones."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One split, one order of the training subjects and one start of the heads for each."""
-    test_fraction: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.3
-    """Share of the subjects to test on."""
+    """One order of the training subjects and one start of the heads for each; the test sets are the same."""
+    protocol: Literal["", "holdout", "repeated", "kfold"] = ""
+    """How subjects are divided, instead of the task's own protocol."""
+    num_splits: int | None = None
+    """Test sets of `repeated`, folds of `kfold`."""
+    test_fraction: Annotated[float | None, tyro.conf.arg(metavar="SHARE")] = None
+    """Share of the subjects in a test set, instead of the task's own."""
     test_subjects: Path | None = None
     """Subject list (as written by `braindino split`) to test on instead; all other subjects train."""
+    permutations: int = 20
+    """Times that the head is also trained on permuted labels, with all training subjects: a check that nothing but the
+    labels makes the score. 0: not at all. An encoder is not fine-tuned on them."""
     crosswalk: tuple[Path, ...] = ()
     """Tables that join ids of different cohorts, as for `braindino audit`."""
     allow_overlap: bool = False
     """Test on subjects that an encoder was pretrained on; the results then say so."""
     allow_subject_leak: bool = False
     """Test on persons that are trained on under another id; the results then say so."""
+    split_by_scan: bool = False
+    """Divide scans instead of subjects, as some publications do: a subject's scans are then on both sides, and every
+    result says so."""
+    replace: bool = False
+    """Replace results of other settings in OUT/TASK; without it they are refused."""
+    finetune: Annotated[str, tyro.conf.arg(metavar="ENCODER")] = ""
+    """Also train this encoder itself, jointly with the head, on the same cases, splits, seeds and ratios (paper sec.
+    4.4), named as for extract; its results stand beside the others as NAME-finetuned. A killed run goes on with the
+    next training."""
+    prepared: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder made by `braindino prepare` that holds the scans, for --finetune."""
+    finetuning: Finetuning = field(default_factory=Finetuning)
+    """Of --finetune."""
     device: str = "auto"
-    """Where the heads are trained: `auto`, `cpu`, `cuda`..."""
+    """Where heads are trained, and encoders with --finetune: `auto`, `cpu`, `cuda`..."""
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise ValueError("--features: found none; expected one folder or more")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds: found {self.seeds}; expected one or more, each once")
+        if not self.ratios or not all(0 < ratio <= 1 for ratio in self.ratios):
+            raise ValueError(f"--ratios: found {self.ratios}; expected shares above 0 and up to 1")
+        if self.permutations < 0:
+            raise ValueError(f"--permutations: found {self.permutations}; expected 0 or more")
+        if bool(self.finetune) != (self.prepared is not None):
+            raise ValueError("--finetune ENCODER and --prepared DIR belong together: it is trained from volumes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """Repeat an evaluation from its folder and compare every prediction and every number.
+
+    Exit code 0: the same; 4: something differs, and what is told.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Folder of a task's results, OUT/TASK of `braindino evaluate`."""
+    features: tuple[str, ...] = ()
+    """ENCODER=FOLDER where the features of an encoder have moved since."""
+    finetune: Annotated[str, tyro.conf.arg(metavar="ENCODER")] = ""
+    """Where the encoder that was fine-tuned has moved since."""
+    prepared: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Where its prepared folder has moved since."""
+    device: str = "auto"
+    """Where the heads are trained; another device rounds differently."""
+    tolerance: float = 1e-5
+    """Largest difference of a prediction that counts as the same, relative to the largest prediction."""

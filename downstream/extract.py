@@ -1,84 +1,142 @@
-"""``python downstream/extract.py --prepared DIR --encoder FILE --out FEATURES``: frozen features, once, for every
+"""``python downstream/extract.py --prepared DIR --encoder ENCODER --out FEATURES``: frozen features, once, for every
 task."""
 
+import hashlib
+import os
 import sys
+import time
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import tyro
 
 from braindino.downstream.config import ExtractConfig
-from braindino.downstream.extraction import extract_features, load_slice_encoder
-from braindino.feature_table import FeatureTableWriter
+from braindino.downstream.extraction import (
+    Work,
+    choose_precision,
+    encode_on,
+    encode_scans,
+    last_change,
+    table_meta,
+)
+from braindino.encoders.catalogue import load_volume_encoder
+from braindino.encoders.options import parse_options
+from braindino.feature_table import FeatureTableWriter, remove_leftovers
 from braindino.leakage import EXPOSURE_FILE, exposure_of_encoder, write_exposure
 from braindino.lock import lock_folder
-from braindino.manifest import read_scans, write_scans
+from braindino.manifest import Scan, read_scans, write_scans
 from braindino.progress import track
-from braindino.slices import SLICE_ORIENTATION
-from braindino.transforms import CUBE_SHAPE
+
+MAX_JOBS = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when every done scan has features, 3 when some could not be used, 1 on an error."""
-    config = tyro.cli(ExtractConfig, args=argv)
+    """Exit code 0 when every done scan has features, 3 when some could not be used, 1 on an error, 130 on Ctrl-C."""
     try:
-        return _run(config)
+        return _run(tyro.cli(ExtractConfig, args=argv))
     except (ValueError, OSError) as error:
         print(f"braindino extract: {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as error:
+        print(f"braindino extract: {error}; try a smaller --batch-size", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("braindino extract: interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
+        return 130
 
 
 def _run(config: ExtractConfig) -> int:
     scans = [scan for scan in read_scans(config.prepared / "scans.tsv") if scan.status == "done"]
     if not scans:
         raise ValueError(f"{config.prepared / 'scans.tsv'}: no scan with status done; look at the reasons given there")
-    device = torch.device(_device_name(config.device))
-    encoder = load_slice_encoder(config.encoder, device=device)
-    preparation = {
-        "slices": f"{config.num_slices} equally spaced",
-        "orientation": SLICE_ORIENTATION,
-        "cube": list(CUBE_SHAPE),
-        "intensity": "clip 0.5-99.5 percentile, z-score over non-zero voxels, background 0",
-        "precision": "bfloat16" if device.type == "cuda" else "float32",
-    }
-    print(f"extract: {len(scans)} scans, encoder {encoder.name}, {config.num_slices} slices, {device}")
-    with (
-        lock_folder(config.out),
-        FeatureTableWriter(
-            config.out, encoder_name=encoder.name, encoder_sha256=encoder.sha256, preparation=preparation
-        ) as writer,
-    ):
+    part = f"part-{config.part}-of-{config.of}" if config.part is not None else ""
+    if part:
+        scans = [scan for scan in scans if _part_of(scan, config.of or 1) == config.part]
+    devices = _devices(config.device)
+    options = parse_options(config.options)
+    # With several GPUs each process loads its own; here only the identity is wanted.
+    encoder = load_volume_encoder(config.encoder, device=devices[0] if len(devices) == 1 else "cpu", **options)
+    if encoder.network is None:
+        devices = ["cpu"]
+    on_gpu = devices[0] != "cpu"
+    meta = table_meta(encoder, precision=choose_precision(config.precision, encoder, on_gpu=on_gpu))
+    work = Work(
+        encoder=config.encoder,
+        options=options,
+        prepared_dir=config.prepared,
+        table_dir=config.out,
+        meta=meta,
+        batch_size=config.batch_size,
+        jobs=config.jobs or (_jobs_per_gpu(len(devices)) if on_gpu else 1),
+    )
+    size = f", {meta.num_slices} slices" if meta.num_slices else ""
+    print(f"extract: {len(scans)} scans, encoder {meta.identity.name}{size}, {meta.precision} on {', '.join(devices)}")
+    quarantined = []
+    start = time.monotonic()
+    with lock_folder(config.out, part=part):
+        if not part:
+            remove_leftovers(config.out)
+        table = FeatureTableWriter(config.out, meta)
         # What the encoder has seen travels with its features, so that evaluate can tell who must not be tested on.
         exposure = exposure_of_encoder(config.encoder)
         if exposure is not None:
             write_exposure(config.out / EXPOSURE_FILE, exposure)
-        outcome = extract_features(
-            scans,
-            prepared_dir=config.prepared,
-            encoder=encoder,
-            writer=writer,
-            num_slices=config.num_slices,
-            batch_size=config.batch_size,
-            jobs=config.jobs,
-            device=device,
-            track=partial(track, desc="extract"),
-        )
-        write_scans(config.out / "quarantined.tsv", outcome.quarantined)
-    rate = f", {outcome.num_done / outcome.seconds:.2f} volumes/s" if outcome.num_done else ""
+        missing = [scan for scan in scans if not table.keep(scan, newer_than=last_change(config.prepared, scan))]
+        finished = encode_scans(encoder, missing, work) if len(devices) == 1 else encode_on(devices, missing, work)
+        try:
+            for scan in track(finished, total=len(missing), desc="extract"):
+                if scan.status == "quarantined":
+                    quarantined.append(scan)
+                elif not part:
+                    table.record(scan)
+        finally:
+            # Parts write beside one another; the run after them finds their files and lists them.
+            if not part:
+                table.close()
+        if not part:
+            write_scans(config.out / "quarantined.tsv", quarantined)
+    seconds = time.monotonic() - start
+    num_done = len(missing) - len(quarantined)
+    rate = f", {num_done / seconds:.2f} volumes/s" if num_done else ""
     print(
-        f"extract: {outcome.num_done} done in {outcome.seconds:.1f} s{rate}; {outcome.num_kept} were there already; "
-        f"{len(outcome.quarantined)} quarantined; {config.out}"
+        f"extract: {num_done} done in {seconds:.1f} s{rate}; {len(scans) - len(missing)} were there already; "
+        f"{len(quarantined)} quarantined; {config.out}"
     )
-    for scan in outcome.quarantined:
+    if part:
+        print(f"part {config.part} of {config.of}; when all are done, run once more without --part and --of")
+    for scan in quarantined:
         print(f"quarantined: {scan.path}: {scan.reason}", file=sys.stderr)
-    return 3 if outcome.quarantined else 0
+    return 3 if quarantined else 0
 
 
-def _device_name(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+def _devices(name: str) -> list[str]:
+    """One, or all GPUs.
+
+    Raises:
+        ValueError: a GPU was asked for that PyTorch does not see, or something else.
+    """
+    if name not in ("auto", "cpu", "cuda") and not (name.startswith("cuda:") and name[5:].isdigit()):
+        raise ValueError(f"--device: found {name!r}; expected auto, cpu, cuda, or one GPU such as cuda:1")
+    found = torch.cuda.device_count() if name != "cpu" else 0
+    gpus = [f"cuda:{number}" for number in range(found)]
+    if name == "cpu" or (name == "auto" and not gpus):
+        return ["cpu"]
+    if name in ("auto", "cuda") and gpus:
+        return gpus
+    if name not in gpus:
+        seen = f"only {', '.join(gpus)}" if gpus else "no GPU"
+        raise ValueError(f"--device {name}: PyTorch finds {seen} here; use --device cpu, or see `braindino doctor`")
+    return [name]
+
+
+def _jobs_per_gpu(num_gpus: int) -> int:
+    return max(1, min(MAX_JOBS, (os.cpu_count() or 1) // num_gpus))
+
+
+def _part_of(scan: Scan, num_parts: int) -> int:
+    """1 to ``num_parts``: which part does it; depends on the scan alone, not on what else there is."""
+    digest = hashlib.sha256(scan.scan_id.encode()).digest()
+    return 1 + int.from_bytes(digest[:8], "little") % num_parts
 
 
 if __name__ == "__main__":

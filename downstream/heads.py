@@ -1,178 +1,539 @@
-"""The light head on frozen features, LayerNorm-Linear-GELU-Linear (paper sec. 4.3), many of them trained as one
-batched computation.
+"""Light heads on frozen features (paper sec. 4.3): how they look, how they are trained, and the one entry that does it.
 
-A sweep over seeds and label ratios trains dozens of independent small heads on the same cached features. ``Heads``
-stacks their parameters along a first axis M and multiplies them with ``baddbmm``; the loss is a sum over the heads
-and Adam works element by element, so each head is trained exactly as it would be alone.
+A sweep over seeds, folds and label ratios trains hundreds of independent small heads on the same cached features. On a
+CPU one head's parameters, gradients and moments (8 MB for the paper's head) stay in the cache while it is trained, and
+as many heads are trained at once as torch has threads. On another device the heads of a block go through one batched
+computation. Each head is the one that it would be alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from braindino.downstream.attention_head import start_attention_head
+from braindino.downstream.head_losses import GRADIENTS
+from braindino.downstream.head_stack import HeadStack
+from braindino.downstream.oversampling import oversample
 
 LAYER_NORM_EPS = 1e-5
 ROWS_AT_A_TIME = 2048
+SCANS_AT_A_TIME = 64
+HEADS_AT_A_TIME = 64
+LOGISTIC_ITERATIONS = 10_000
+OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MlpHead:
-    """How a head looks and how long it is trained: part of a task's row."""
+class Head:
+    """What stands on the frozen features."""
 
+    kind: Literal["mlp", "linear", "logistic", "attention"] = "mlp"
+    """``mlp``: LayerNorm-Linear-GELU-Linear (paper sec. 4.3). ``linear``: LayerNorm-Linear. ``logistic``: L2 logistic
+    regression (C = 1) to convergence on standardised features, for classes. ``attention``: the mlp on a mean of the
+    slices weighted by softmax(w . LN(x_s)), instead of the paper's plain mean."""
     hidden_width: int = 672
     """Width of the hidden layer. The paper gives no width but says that 0.6 % of the parameters are trained; on
     768-dimensional ViT-B features 672 gives 0.60 % (640: 0.57 %, 768: 0.69 %)."""
-    loss: Literal["cross_entropy", "squared_error"]
-    """Paper Eq. 4 and Eq. 5."""
-    optimiser: Literal["adam"] = "adam"
-    """Paper sec. 4.3; the weight decay is Adam's L2 term."""
+    dropout: float = 0.0
+    """Probability, on the input of the last linear layer: the hidden layer, or of a linear head the features after
+    LayerNorm. The paper's IDH head has dropout without a rate (sec. 4.3.5); BrainIAC's code has 0.2 there."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"head.dropout: found {self.dropout}; expected a probability from 0 to below 1")
+        if self.kind == "logistic" and self.dropout:
+            raise ValueError("head.dropout: logistic regression has none; expected 0, or kind: linear")
+        if self.hidden_width < 1:
+            raise ValueError(f"head.hidden_width: found {self.hidden_width}; expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a head is trained. Logistic regression uses ``class_weights`` and ``smote`` alone."""
+
+    loss: Literal["cross_entropy", "squared_error", "log_mixed", "cox"] = "cross_entropy"
+    """Paper Eq. 4, 5, 9 and 11."""
+    class_weights: Literal["", "balanced"] = ""
+    """``balanced``: a case of a class counts n / (K n_class); the paper weights none."""
+    optimiser: Literal["adam", "adamw"] = "adam"
+    """Paper sec. 4.3 (Adam, whose weight decay is an L2 term) and 4.3.3 (AdamW)."""
     learning_rate: float = 1e-4
     """Paper sec. 4.3."""
     weight_decay: float = 1e-5
     """Paper sec. 4.3."""
-    steps: int = 1000
+    steps: int = 500
     """Optimiser steps, the same for every label ratio and never chosen by looking at the test set."""
-    batch_size: int = 32
-    """Scans per step."""
+    batch_size: int | None = None
+    """Cases per step; None: 16, for ``cox`` the whole training set, so that a risk set holds everybody at risk."""
+    smote: bool = False
+    """Fill up the smaller classes with synthetic training cases (paper sec. 4.3.2, PPMI)."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"training.{name}: found {value}; expected 1 or more")
+        if self.loss != "cross_entropy" and (self.smote or self.class_weights):
+            raise ValueError(
+                f"training.{'smote' if self.smote else 'class_weights'}: found loss {self.loss}; only classes "
+                "(cross_entropy) can be balanced"
+            )
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return log(sum_k exp z_k) - z_y per case, (M, B), of logits (M, B, K) and classes (M, B) (paper Eq. 4)."""
-    return outputs.logsumexp(dim=-1) - outputs.gather(-1, targets[..., None])[..., 0]
+DEFAULT_BATCH = 16
 
 
-def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return (y_hat - y)^2 per case, (M, B), of outputs (M, B, 1) and targets (M, B) (paper Eq. 5)."""
-    return (outputs[..., 0] - targets).square()
+@dataclass(frozen=True)
+class _Job:
+    """One head: which rows of the pool it trains on, with targets as its loss takes them.
 
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
-OPTIMISERS = {"adam": torch.optim.Adam}
-
-
-class Heads(nn.Module):
-    """M independent heads LayerNorm(D) - Linear(D, width) - GELU - Linear(width, K) with stacked parameters."""
-
-    def __init__(self, seeds: Sequence[int], *, num_features: int, hidden_width: int, num_outputs: int) -> None:
-        super().__init__()
-        m = len(seeds)
-        self.norm_weight = nn.Parameter(torch.ones(m, 1, num_features))
-        self.norm_bias = nn.Parameter(torch.zeros(m, 1, num_features))
-        self.hidden_weight = nn.Parameter(torch.empty(m, num_features, hidden_width))
-        self.hidden_bias = nn.Parameter(torch.empty(m, 1, hidden_width))
-        self.output_weight = nn.Parameter(torch.empty(m, hidden_width, num_outputs))
-        self.output_bias = nn.Parameter(torch.empty(m, 1, num_outputs))
-        with torch.no_grad():
-            for index, seed in enumerate(seeds):
-                generator = torch.Generator().manual_seed(seed)
-                # The default of torch.nn.Linear: uniform within one over the root of the fan-in.
-                for weight, bias in ((self.hidden_weight, self.hidden_bias), (self.output_weight, self.output_bias)):
-                    bound = weight.shape[1] ** -0.5
-                    weight[index].uniform_(-bound, bound, generator=generator)
-                    bias[index].uniform_(-bound, bound, generator=generator)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the outputs (M, B, K) of features (M, B, D): row m goes through head m."""
-        normalised = F.layer_norm(features, features.shape[-1:], eps=LAYER_NORM_EPS)
-        scaled = normalised * self.norm_weight + self.norm_bias
-        hidden = F.gelu(torch.baddbmm(self.hidden_bias, scaled, self.hidden_weight))
-        return torch.baddbmm(self.output_bias, hidden, self.output_weight)
-
-
-def train_classifiers(
-    features: Tensor,
-    targets: Tensor,
-    *,
-    subsets: Sequence[np.ndarray],
-    seeds: Sequence[int],
-    num_classes: int,
-    head: MlpHead,
-) -> np.ndarray:
-    """Train one classifier per subset by cross-entropy (paper Eq. 4) and return class probabilities, (M, n,
-    num_classes).
-
-    The probabilities are those of all n rows; which of them a head never saw is the caller's split.
-
-    Args:
-        features: (n, D) float32, on the device to train on.
-        targets: (n,) int64 class indices.
-        subsets: for each head the row indices that it is trained on.
-        seeds: for each head the seed of its start and of its batches.
-        num_classes: number of classes K.
-        head: shape and training.
+    Attributes:
+        number: place among the outputs.
+        seed: of its start and batches.
+        rows: (r,) indices into the pool of features.
+        targets: (r,) or (r, 2).
+        weights: (r,) of the cases.
     """
-    outputs = _train(
-        features, targets.expand(len(seeds), -1), subsets=subsets, seeds=seeds, num_outputs=num_classes, head=head
-    )
-    return outputs.softmax(dim=-1).numpy()
+
+    number: int
+    seed: int
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
 
 
-def train_regressors(
-    features: Tensor,
-    targets: Tensor,
-    *,
-    subsets: Sequence[np.ndarray],
-    seeds: Sequence[int],
-    head: MlpHead,
-) -> np.ndarray:
-    """Train one regressor per subset by squared error (paper Eq. 5) and return its predictions of all rows, (M, n).
-
-    Each head learns the target standardised with the mean and standard deviation of its own training rows, and its
-    outputs are put back on the target's scale: with Adam at 1e-4 an output near 50 years would not be reached in
-    thousands of steps.
-
-    Args:
-        features: (n, D) float32, on the device to train on.
-        targets: (n,) float32 in the target's unit.
-        subsets: for each head the row indices that it is trained on.
-        seeds: for each head the seed of its start and of its batches.
-        head: shape and training.
-    """
-    means = torch.stack([targets[rows].mean() for rows in subsets])[:, None]
-    deviations = torch.stack([targets[rows].std(correction=0) for rows in subsets])[:, None]
-    deviations = torch.where(deviations > 0, deviations, torch.ones_like(deviations))
-
-    standardised = (targets - means) / deviations
-    outputs = _train(features, standardised, subsets=subsets, seeds=seeds, num_outputs=1, head=head)
-    return (outputs[..., 0] * deviations.cpu() + means.cpu()).numpy()
-
-
-def _train(
-    features: Tensor,
-    targets: Tensor,
+def train_heads(
+    features: np.ndarray | Tensor,
+    targets: np.ndarray | Tensor,
     *,
     subsets: Sequence[np.ndarray],
     seeds: Sequence[int],
     num_outputs: int,
-    head: MlpHead,
-) -> Tensor:
-    """Train on features (n, D) and targets (M, n) of each head; return the outputs of all rows, (M, n, K), on the
-    CPU.
+    head: Head,
+    training: Training,
+    mask: np.ndarray | Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """Train one head per subset and return its outputs of all n rows, (M, n, K) float32.
+
+    Which rows a head never saw is the caller's split. Outputs are class probabilities, values in the target's unit, or
+    risks (higher: an earlier event).
+
+    Args:
+        features: (n, D), or (n, S, D) per slice for an attention head.
+        targets: (n,) class indices or values, or (n, 2) time and event.
+        subsets: for each of M heads the row indices that it is trained on.
+        seeds: for each head the seed of its start and of its batches.
+        num_outputs: number of classes K; 1 for values and risks.
+        head: how it looks.
+        training: how it is trained.
+        mask: (n, S) bool, True where a slice is there; attention only.
+        device: where to train.
+
+    Raises:
+        ValueError: shapes, head and loss do not fit each other, a feature or target is not finite, or a head's
+            training rows hold one class or no event; names the head.
     """
-    heads = Heads(seeds, num_features=features.shape[1], hidden_width=head.hidden_width, num_outputs=num_outputs)
-    heads.to(features.device)
-    optimiser = OPTIMISERS[head.optimiser](
-        heads.parameters(), lr=head.learning_rate, weight_decay=head.weight_decay, fused=True
+    x = np.asarray(features, dtype=np.float32)
+    y = np.asarray(targets)
+    seen = None if mask is None else np.asarray(mask, dtype=bool)
+    subsets = [np.asarray(rows, dtype=np.int64) for rows in subsets]
+    _check(x, y, seen, subsets=subsets, seeds=seeds, num_outputs=num_outputs, head=head, training=training)
+    if head.kind == "logistic":
+        return _train_logistic(x, y, subsets=subsets, seeds=seeds, num_outputs=num_outputs, training=training)
+
+    prepared, shifts, scales = _prepare_targets(y, subsets, training)
+    pool, jobs = [x], []
+    size = len(x)
+    for number, (rows, seed) in enumerate(zip(subsets, seeds, strict=True)):
+        own_rows, own_targets = rows, prepared[number][rows]
+        if training.smote:
+            made, made_classes = oversample(x[rows], y[rows], seed=seed, whose=_whose(number, seed))
+            pool.append(made)
+            own_rows = np.concatenate([rows, np.arange(size, size + len(made))])
+            own_targets = np.concatenate([own_targets, made_classes])
+            size += len(made)
+        weights = _case_weights(own_targets, num_outputs, training)
+        jobs.append(_Job(number, seed, *map(torch.from_numpy, (own_rows, own_targets, weights))))
+
+    outputs = torch.empty(len(subsets), len(x), num_outputs)
+    features_of_all = torch.from_numpy(np.concatenate(pool)).to(device)
+    if head.kind == "attention":
+        present = None if seen is None else torch.from_numpy(seen).to(device)
+
+        def run(block: list[_Job]) -> None:
+            for job in block:
+                outputs[job.number] = _train_attention(
+                    features_of_all, present, job, num_outputs=num_outputs, head=head, training=training
+                )
+    else:
+        normalised = F.layer_norm(features_of_all, features_of_all.shape[-1:], eps=LAYER_NORM_EPS)
+
+        def run(block: list[_Job]) -> None:
+            outputs[[job.number for job in block]] = _train_stack(
+                normalised, block, num_rows=len(x), num_outputs=num_outputs, head=head, training=training
+            )
+
+    _run_blocks(run, jobs, training, on_cpu=torch.device(device).type == "cpu")
+    return _natural(outputs, training, shifts, scales)
+
+
+def check_joint(head: Head, training: Training) -> None:
+    """Whether the features of such a head can be trained with it.
+
+    Raises:
+        ValueError: the head is no network, or is to learn from synthetic features.
+    """
+    if head.kind == "logistic" or training.smote:
+        found = "training.smote" if training.smote else "head.kind logistic"
+        raise ValueError(
+            f"{found}: needs features that stay as they are and cannot be trained jointly with an encoder; take a task "
+            "of your own that extends this one, with kind: linear, or smote: false and class_weights: balanced"
+        )
+
+
+class JointHead:
+    """A head of ``train_heads`` for features that are trained with it: the same start, batches, loss and outputs, and
+    the gradient goes on to the features.
+
+    """
+
+    def __init__(
+        self,
+        targets: np.ndarray,
+        *,
+        rows: np.ndarray,
+        seed: int,
+        num_features: int,
+        num_outputs: int,
+        head: Head,
+        training: Training,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            targets: (n,) or (n, 2) of all cases, as for ``train_heads``.
+            rows: those that are trained on.
+            seed: of the head's start and of its batches.
+            num_features: D.
+            num_outputs: K.
+            head: how it looks.
+            training: how it is trained.
+            device: of the features.
+
+        Raises:
+            ValueError: as ``train_heads`` and ``check_joint``.
+        """
+        check_joint(head, training)
+        shape = (len(targets), 1, num_features) if head.kind == "attention" else (len(targets), num_features)
+        x = np.broadcast_to(np.float32(0), shape)
+        _check(x, targets, None, subsets=[rows], seeds=[seed], num_outputs=num_outputs, head=head, training=training)
+        self._head, self._training, self._device = head, training, device
+        prepared, self._shifts, self._scales = _prepare_targets(targets, [rows], training)
+        own = prepared[0][rows]
+        weights = _case_weights(own, num_outputs, training)
+        self._job = _Job(0, seed, *map(torch.from_numpy, (rows, own, weights)))
+        self._dropper = [torch.Generator().manual_seed(seed)]
+        self._width = head.hidden_width
+        if head.kind == "attention":
+            self._network = start_attention_head(
+                seed, num_features=num_features, hidden_width=head.hidden_width, num_outputs=num_outputs
+            ).to(device)
+            self._parameters: list[Tensor] = list(self._network.parameters())
+        else:
+            self._width = head.hidden_width if head.kind == "mlp" else num_features
+            self._stack = HeadStack(
+                [seed],
+                num_features=num_features,
+                hidden_width=head.hidden_width if head.kind == "mlp" else None,
+                num_outputs=num_outputs,
+                device=device,
+            )
+            self._stack.flat.grad = self._stack.gradient
+            self._parameters = [self._stack.flat]
+
+    def start_optimiser(self, others: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The training's optimiser, for the head and for other groups of parameters, with rates ``lr`` of their own."""
+        return _optimiser([{"params": self._parameters}, *others], self._training)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield of every step the (B,) places of its cases among ``rows``, and the cases themselves."""
+        size = _batch_size(self._job, self._training)
+        for places in _positions(self._job, size, self._training).split(size):
+            yield places, self._job.rows[places]
+
+    def backward(self, features: Tensor, places: Tensor) -> bool:
+        """Fill in the gradients of the batch's loss; False, and no gradient, where the loss is not finite.
+
+        Args:
+            features: (B, D), or (B, S, D) for an attention head; what they were made of gets its gradient.
+            places: of the batch, as ``batches`` gives them.
+        """
+        y, w = (part[places].to(self._device)[None] for part in (self._job.targets, self._job.weights))
+        kept = _dropped(self._dropper, len(places), self._width, self._head.dropout, self._device)
+        loss_gradient = GRADIENTS[self._training.loss]
+        if self._head.kind == "attention":
+            outputs = self._network(features, None, None if kept is None else kept[0])[None]
+        else:
+            normalised = F.layer_norm(features[None], features.shape[-1:], eps=LAYER_NORM_EPS)
+            outputs = self._stack.outputs(normalised, kept)
+        if not outputs.isfinite().all():
+            return False
+        outputs.backward(loss_gradient(outputs.detach(), y, w))
+        if self._head.kind != "attention":
+            self._stack.backward(normalised.detach(), lambda z: loss_gradient(z, y, w), kept)
+        return True
+
+    def predict(self, features: Tensor) -> np.ndarray:
+        """(n, K) outputs of features (n, D) or (n, S, D): probabilities, values or risks."""
+        with torch.no_grad():
+            if self._head.kind == "attention":
+                outputs = self._network(features)
+            else:
+                outputs = self._stack.outputs(F.layer_norm(features, features.shape[-1:], eps=LAYER_NORM_EPS)[None])[0]
+        return _natural(outputs.cpu()[None], self._training, self._shifts, self._scales)[0]
+
+
+def _run_blocks(run: Callable[[list[_Job]], None], jobs: list[_Job], training: Training, *, on_cpu: bool) -> None:
+    """Call ``run`` for blocks of heads: on a CPU one head a thread, otherwise many with equal batches."""
+    if not on_cpu:
+        by_size = defaultdict(list)
+        for job in jobs:
+            by_size[_batch_size(job, training)].append(job)
+        for same in by_size.values():
+            for start in range(0, len(same), HEADS_AT_A_TIME):
+                run(same[start : start + HEADS_AT_A_TIME])
+        return
+    # One thread a head, always: a head's sums are then the same, bit by bit, however many heads and threads there are.
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+            list(executor.map(run, [[job] for job in jobs]))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train_stack(
+    normalised: Tensor, block: list[_Job], *, num_rows: int, num_outputs: int, head: Head, training: Training
+) -> Tensor:
+    """Train heads with batches of one size together; return (m, num_rows, K) on the CPU."""
+    device = normalised.device
+    stack = HeadStack(
+        [job.seed for job in block],
+        num_features=normalised.shape[1],
+        hidden_width=head.hidden_width if head.kind == "mlp" else None,
+        num_outputs=num_outputs,
+        device=device,
     )
-    streams = torch.stack(
-        [_row_stream(rows, seed, head.steps * head.batch_size) for rows, seed in zip(subsets, seeds, strict=True)]
-    ).to(features.device)
-    for rows in streams.split(head.batch_size, dim=1):
-        losses = LOSSES[head.loss](heads(features[rows]), targets.gather(1, rows))
-        optimiser.zero_grad()
-        losses.mean(dim=1).sum().backward()
+    stack.flat.grad = stack.gradient
+    optimiser = _optimiser([stack.flat], training)
+    size = _batch_size(block[0], training)
+    streams = [_positions(job, size, training) for job in block]
+    rows, targets, weights = (
+        torch.stack([getattr(job, name)[stream] for job, stream in zip(block, streams, strict=True)]).to(device)
+        for name in ("rows", "targets", "weights")
+    )
+    droppers = [torch.Generator().manual_seed(job.seed) for job in block]
+    width = head.hidden_width if head.kind == "mlp" else normalised.shape[1]
+    gradient = GRADIENTS[training.loss]
+    for step in range(training.steps):
+        part = slice(step * size, (step + 1) * size)
+        y, w = targets[:, part], weights[:, part]
+        kept = _dropped(droppers, size, width, head.dropout, device)
+        stack.backward(normalised[rows[:, part]], lambda z, y=y, w=w: gradient(z, y, w), kept)  # type: ignore[misc]
         optimiser.step()
-    with torch.inference_mode():
-        parts = [heads(part.expand(len(seeds), -1, -1)).cpu() for part in features.split(ROWS_AT_A_TIME)]
+    parts = [
+        stack.outputs(part.expand(len(block), -1, -1)).cpu() for part in normalised[:num_rows].split(ROWS_AT_A_TIME)
+    ]
     return torch.cat(parts, dim=1)
 
 
-def _row_stream(rows: np.ndarray, seed: int, length: int) -> Tensor:
-    """Return (length,) row indices: one shuffled pass over ``rows`` after another."""
-    generator = torch.Generator().manual_seed(seed)
-    passes = [torch.randperm(len(rows), generator=generator) for _ in range(-(-length // len(rows)))]
-    return torch.from_numpy(np.asarray(rows, dtype=np.int64))[torch.cat(passes)[:length]]
+def _train_attention(
+    features: Tensor, mask: Tensor | None, job: _Job, *, num_outputs: int, head: Head, training: Training
+) -> Tensor:
+    """Train one attention head; return (n, K) on the CPU."""
+    network = start_attention_head(
+        job.seed, num_features=features.shape[-1], hidden_width=head.hidden_width, num_outputs=num_outputs
+    ).to(features.device)
+    optimiser = _optimiser(list(network.parameters()), training)
+    size = _batch_size(job, training)
+    dropper = [torch.Generator().manual_seed(job.seed)]
+    for positions in _positions(job, size, training).split(size):
+        rows = job.rows[positions].to(features.device)
+        kept = _dropped(dropper, size, head.hidden_width, head.dropout, features.device)
+        outputs = network(features[rows], None if mask is None else mask[rows], None if kept is None else kept[0])
+        y, w = (part[positions].to(features.device)[None] for part in (job.targets, job.weights))
+        optimiser.zero_grad()
+        outputs.backward(GRADIENTS[training.loss](outputs.detach()[None], y, w)[0])
+        optimiser.step()
+    with torch.inference_mode():
+        masks = [None] * -(-len(features) // SCANS_AT_A_TIME) if mask is None else mask.split(SCANS_AT_A_TIME)
+        parts = [
+            network(part, present).cpu() for part, present in zip(features.split(SCANS_AT_A_TIME), masks, strict=True)
+        ]
+    return torch.cat(parts)
+
+
+def _train_logistic(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    subsets: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    num_outputs: int,
+    training: Training,
+) -> np.ndarray:
+    outputs = np.zeros((len(subsets), len(x), num_outputs), dtype=np.float32)
+    for number, (rows, seed) in enumerate(zip(subsets, seeds, strict=True)):
+        own, classes = x[rows], y[rows]
+        if training.smote:
+            made, made_classes = oversample(own, classes, seed=seed, whose=_whose(number, seed))
+            own, classes = np.concatenate([own, made]), np.concatenate([classes, made_classes])
+        scaler = StandardScaler().fit(own)
+        model = LogisticRegression(class_weight=training.class_weights or None, max_iter=LOGISTIC_ITERATIONS)
+        model.fit(scaler.transform(own), classes)
+        outputs[number][:, model.classes_] = model.predict_proba(scaler.transform(x))
+    return outputs
+
+
+def _optimiser(parameters: Sequence[Tensor] | Sequence[dict[str, Any]], training: Training) -> torch.optim.Optimizer:
+    return OPTIMISERS[training.optimiser](
+        parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
+    )
+
+
+def _batch_size(job: _Job, training: Training) -> int:
+    if training.batch_size is None:
+        return len(job.rows) if training.loss == "cox" else DEFAULT_BATCH
+    return training.batch_size
+
+
+def _positions(job: _Job, size: int, training: Training) -> Tensor:
+    """(steps * size,) places in the job's rows: one shuffled pass after another."""
+    generator = torch.Generator().manual_seed(job.seed)
+    length, count = training.steps * size, len(job.rows)
+    return torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-length // count))])[:length]
+
+
+def _dropped(
+    generators: list[torch.Generator], size: int, width: int, probability: float, device: torch.device
+) -> Tensor | None:
+    """(m, size, width) factors 0 or 1 / (1 - p), drawn by each head's own generator; None without dropout."""
+    if not probability:
+        return None
+    kept = torch.stack([torch.rand(size, width, generator=generator) >= probability for generator in generators])
+    return kept.to(device).float().div_(1 - probability)
+
+
+def _prepare_targets(
+    y: np.ndarray, subsets: Sequence[np.ndarray], training: Training
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Targets of all rows as each head learns them, and the shift and scale (M, 1) that lead back.
+
+    Values are standardised with the training rows of each head: with Adam at 1e-4 an output near 50 years would not be
+    reached in thousands of steps. Of log(1 + y) the mean alone is taken off, which Eq. 9 does not notice.
+    """
+    count = len(subsets)
+    shifts, scales = np.zeros((count, 1)), np.ones((count, 1))
+    if training.loss == "cross_entropy":
+        return [y.astype(np.int64)] * count, shifts, scales
+    values = y.astype(np.float64)
+    if training.loss == "cox":
+        # Ties of times survive in float32 only by their ranks.
+        ranks = np.unique(values[:, 0], return_inverse=True)[1]
+        return [np.stack([ranks, values[:, 1]], axis=1).astype(np.float32)] * count, shifts, scales
+    if training.loss == "log_mixed":
+        values = np.log1p(values)
+    for number, rows in enumerate(subsets):
+        shifts[number] = values[rows].mean()
+        if training.loss == "squared_error":
+            scales[number] = values[rows].std() or 1.0
+    standardised = [((values - shift) / scale).astype(np.float32) for shift, scale in zip(shifts, scales, strict=True)]
+    return standardised, shifts, scales
+
+
+def _natural(outputs: Tensor, training: Training, shifts: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    if training.loss == "cross_entropy":
+        return outputs.softmax(dim=-1).numpy()
+    values = outputs.numpy().astype(np.float64) * scales[..., None] + shifts[..., None]
+    if training.loss == "log_mixed":
+        values = np.expm1(values).clip(min=0)
+    return values.astype(np.float32)
+
+
+def _case_weights(classes: np.ndarray, num_classes: int, training: Training) -> np.ndarray:
+    if not training.class_weights:
+        return np.ones(len(classes), dtype=np.float32)
+    counts = np.bincount(classes, minlength=num_classes)
+    return (len(classes) / (num_classes * counts[classes])).astype(np.float32)
+
+
+def _whose(number: int, seed: int) -> str:
+    return f"head {number} (seed {seed})"
+
+
+def _check(
+    x: np.ndarray,
+    y: np.ndarray,
+    mask: np.ndarray | None,
+    *,
+    subsets: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    num_outputs: int,
+    head: Head,
+    training: Training,
+) -> None:
+    dims = 3 if head.kind == "attention" else 2
+    if x.ndim != dims:
+        form = "(n, S, D), a row per slice" if dims == 3 else "(n, D)"
+        raise ValueError(f"features of shape {x.shape} for a head of kind {head.kind}; expected {form}")
+    if head.kind == "logistic" and training.loss != "cross_entropy":
+        raise ValueError(
+            f"head of kind logistic with loss {training.loss}: logistic regression tells classes apart; expected "
+            "cross_entropy, or kind: linear"
+        )
+    if head.kind == "attention" and training.smote:
+        raise ValueError("training.smote with a head of kind attention: features of slices are not mixed; use mlp")
+    if mask is not None and (head.kind != "attention" or mask.shape != x.shape[:2]):
+        raise ValueError(
+            f"mask of shape {mask.shape} for features {x.shape} and a head of kind {head.kind}; expected (n, S) and "
+            "attention"
+        )
+    if mask is not None and not mask.any(axis=1).all():
+        raise ValueError(f"mask: row {int(np.flatnonzero(~mask.any(axis=1))[0])} has no slice; expected one or more")
+    there = x if mask is None else x[mask]
+    if not np.isfinite(there).all() or not np.isfinite(y).all():
+        raise ValueError("features or targets hold NaN or infinity; expected finite numbers; leave out such cases")
+    shape = (len(x), 2) if training.loss == "cox" else (len(x),)
+    if y.shape != shape:
+        raise ValueError(f"targets of shape {y.shape} for loss {training.loss}; expected {shape}")
+    if training.loss == "cross_entropy" and len(y) and (y.min() < 0 or y.max() >= num_outputs):
+        raise ValueError(f"class indices from {y.min()} to {y.max()}; expected 0 to {num_outputs - 1}")
+    if training.loss != "cross_entropy" and num_outputs != 1:
+        raise ValueError(f"num_outputs {num_outputs} for loss {training.loss}; expected 1")
+    if training.loss == "log_mixed" and y.min() < 0:
+        raise ValueError(f"loss log_mixed: the smallest target is {y.min():g}; expected 0 or more, for log(1 + y)")
+    if len(subsets) != len(seeds) or not len(seeds):
+        raise ValueError(f"{len(subsets)} subsets and {len(seeds)} seeds; expected as many of each, one or more")
+    for number, (rows, seed) in enumerate(zip(subsets, seeds, strict=True)):
+        whose = _whose(number, seed)
+        if not len(rows):
+            raise ValueError(f"{whose}: no training case; use a larger label ratio")
+        if training.loss == "cross_entropy" and len(np.unique(y[rows])) < 2:
+            raise ValueError(
+                f"{whose}: all {len(rows)} training cases are of class {y[rows][0]}; expected two classes or more; "
+                "use a larger label ratio"
+            )
+        if training.loss == "cox" and not y[rows, 1].any():
+            raise ValueError(
+                f"{whose}: no event among {len(rows)} training cases; nothing can be learnt of the hazard; use a "
+                "larger label ratio"
+            )

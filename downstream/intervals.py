@@ -1,14 +1,12 @@
-"""Bootstrap intervals over subjects, as typed records."""
+"""Intervals of a metric, over subjects or over splits, as typed records."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.stats
 
-ITERATIONS = 2000  # paper sec. 4.7
-BOOTSTRAP_SEED = 42  # paper sec. 4.7
-CONFIDENCE = 0.95
-_WEIGHTS_AT_A_TIME = 8_000_000  # 64 MB of float64
+from braindino.resampling import CONFIDENCE, ITERATIONS, SEED, draw_blocks, percentile_interval
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 
@@ -18,13 +16,13 @@ class Estimate:
     """A number with its interval."""
 
     estimate: float
-    """The metric on the whole test set; NaN where it is not defined."""
+    """The metric on the whole test set, or its mean over splits; NaN where it is not defined."""
     low: float
-    """Lower end of the interval; NaN when fewer than half of the draws define the metric."""
+    """Lower end of the interval; NaN when fewer than half of the draws define the metric, or with one split."""
     high: float
     """Upper end of the interval."""
     n: int
-    """Number of subjects that were resampled."""
+    """Number of subjects that were resampled, or of splits."""
     method: str
     """How the interval was made, in words."""
 
@@ -34,7 +32,8 @@ def bootstrap_interval(
     subjects: Sequence[str] | np.ndarray,
     *,
     iterations: int = ITERATIONS,
-    seed: int = BOOTSTRAP_SEED,
+    seed: int = SEED,
+    strata: Sequence[object] | np.ndarray | None = None,
 ) -> Estimate:
     """Return the statistic with its 95 % percentile bootstrap interval, resampling subjects with replacement (paper
     sec. 4.7).
@@ -49,30 +48,66 @@ def bootstrap_interval(
         iterations: number of draws.
         seed: of the draws; the same seed, subjects and order give the same draws, so models compared on one test
             set are paired.
+        strata: class of each case; given, every draw keeps the number of subjects of each class (the paper's
+            interval of the kNN accuracy).
     """
-    if not len(subjects):
-        raise ValueError("bootstrap: the test set is empty; nothing can be estimated")
-    names, subject_of_case = np.unique(np.asarray(subjects), return_inverse=True)
-    num_subjects = len(names)
-    rng = np.random.default_rng(seed)
-    values = []
-    block = max(1, _WEIGHTS_AT_A_TIME // len(subjects))
-    for start in range(0, iterations, block):
-        num_draws = min(block, iterations - start)
-        drawn = rng.integers(0, num_subjects, (num_draws, num_subjects))
-        cells = (drawn + num_subjects * np.arange(num_draws)[:, None]).ravel()
-        times_drawn = np.bincount(cells, minlength=num_draws * num_subjects).reshape(num_draws, num_subjects)
-        values.append(statistic(times_drawn[:, subject_of_case]))
-    draws = np.concatenate(values)
-    defined = draws[~np.isnan(draws)]
-    low, high = np.nan, np.nan
-    if 2 * len(defined) >= iterations:
-        tail = 100 * (1 - CONFIDENCE) / 2
-        low, high = np.percentile(defined, [tail, 100 - tail])
+    draws = bootstrap_values(statistic, subjects, iterations=iterations, seed=seed, strata=strata)
+    low, high = percentile_interval(draws)
     return Estimate(
-        estimate=float(statistic(np.ones((1, len(subjects)), dtype=np.int64))[0]),
-        low=float(low),
-        high=float(high),
-        n=num_subjects,
-        method=f"95 % percentile bootstrap over subjects, {len(defined)} of {iterations} draws, seed {seed}",
+        estimate=value_of(statistic, len(subjects)),
+        low=low,
+        high=high,
+        n=len(np.unique(np.asarray(subjects))),
+        method=bootstrap_words(draws, seed=seed, stratified=strata is not None),
     )
+
+
+def split_interval(values: Sequence[float] | np.ndarray) -> Estimate:
+    """Return the mean of a metric over splits with its 95 % Student t interval, mean +- t(0.975, k - 1) sd / sqrt(k)
+    (paper sec. 4.7, ADNI).
+
+    The splits share training subjects, so their values are not independent and the interval is somewhat too narrow.
+    Splits without a value (NaN) are left out, and ``method`` says how many remained.
+
+    Args:
+        values: (k,) the metric of each split.
+    """
+    given = np.asarray(values, dtype=np.float64)
+    defined = given[~np.isnan(given)]
+    mean = float(defined.mean()) if len(defined) else np.nan
+    half = np.nan
+    if len(defined) > 1:
+        half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(defined) - 1) * defined.std(ddof=1) / np.sqrt(len(defined))
+    return Estimate(
+        estimate=mean,
+        low=float(mean - half),
+        high=float(mean + half),
+        n=len(defined),
+        method=f"95 % Student t interval over splits, {len(defined)} of {len(given)} splits",
+    )
+
+
+def bootstrap_values(
+    statistic: Statistic,
+    subjects: Sequence[str] | np.ndarray,
+    *,
+    iterations: int = ITERATIONS,
+    seed: int = SEED,
+    strata: Sequence[object] | np.ndarray | None = None,
+) -> np.ndarray:
+    """Return the statistic of every draw, (iterations,); NaN where a draw does not define it. See
+    ``bootstrap_interval``."""
+    blocks = draw_blocks(subjects, iterations=iterations, seed=seed, strata=strata)
+    return np.concatenate([statistic(weights) for weights in blocks])
+
+
+def bootstrap_words(draws: np.ndarray, *, seed: int, stratified: bool) -> str:
+    """Return how an interval was made from these draws."""
+    within = "subjects within classes" if stratified else "subjects"
+    num_defined = int(np.count_nonzero(~np.isnan(draws)))
+    return f"95 % percentile bootstrap over {within}, {num_defined} of {len(draws)} draws, seed {seed}"
+
+
+def value_of(statistic: Statistic, num_cases: int) -> float:
+    """Return the statistic of the cases as they are, each once."""
+    return float(statistic(np.ones((1, num_cases), dtype=np.int64))[0])

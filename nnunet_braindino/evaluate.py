@@ -10,11 +10,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from braindino.resampling import draw_subjects, holm, percentile_interval
 from braindino.segmentation_scores import Comparison, RegionSummary, SegmentationScores
 from braindino.volume import Volume, load_labels, load_volume
 from nnunet_braindino.case_pool import map_cases
 from nnunet_braindino.folds import leaks_of_dataset
-from nnunet_braindino.paired_tests import bootstrap_means, draw_subjects, holm, paired_test, percentile_interval
+from nnunet_braindino.paired_tests import bootstrap_means, paired_test
 from nnunet_braindino.predictions import PredictionSet, Regions, label_ratio
 from nnunet_braindino.raw_dataset import FILE_ENDING
 from nnunet_braindino.surface_distance import HD95_DEFINITION, diagonal_mm, dice, hd95

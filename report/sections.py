@@ -354,15 +354,16 @@ def tasks_section(root: Path) -> Content:
     files: list[Path] = []
     for path in paths:
         rows = read_task_summary(path)
-        seeds = sorted(path.parent.glob("*/seed_*/metrics.json"))
-        files += [path, *seeds]
         parts += [element("h3", path.parent.name.replace("_", " ")), *_task_parts(path, rows)]
-        if seeds:
+        beside = [each for each in (path.with_name("run.json"), path.with_name("comparisons.tsv")) if each.is_file()]
+        beside += sorted(path.parent.glob("*/predictions.csv"))
+        files += [path, *beside]
+        if beside:
             links = [
-                [element("a", seed.relative_to(path.parent).as_posix(), href=link_to(root, seed)), _command(seed)]
-                for seed in seeds
+                element("a", each.relative_to(path.parent).as_posix(), href=link_to(root, each)) for each in beside
             ]
-            parts.append(details("Every seed, with the command that made it", table(["metrics", "command"], links)))
+            command = _command(beside[0]) if beside[0].name == "run.json" else None
+            parts.append(details("Every case, and the command that made it", join([*links, command], " ")))
     return make_content(root, parts, files, linked=paths)
 
 

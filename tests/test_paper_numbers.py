@@ -6,7 +6,6 @@ implements them yet: the 20 datasets of 4.1.1 (the table of cohorts comes with p
 and the 200 meningioma cases shared with pretraining (a fact about the authors' split).
 """
 
-import dataclasses
 import inspect
 import math
 from functools import cache
@@ -15,9 +14,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from braindino import slices, transforms
-from braindino.downstream.config import RATIOS
-from braindino.downstream.heads import Heads, MlpHead
+from braindino import resampling, slices, transforms
+from braindino.downstream import head_losses
+from braindino.downstream.heads import Head, Training
+from braindino.downstream.task_table import NEIGHBOURS, RATIOS, load_task
 from braindino.pretrain.recipes import RECIPES
 from braindino.vision_transformer import INPUT_CHANNELS, VisionTransformer, vit_base
 from nnunet_braindino import trainer
@@ -25,7 +25,6 @@ from nnunet_braindino.network import FrozenEncoderSegmenter, count_parameters, d
 
 STAGE1, STAGE2 = RECIPES["stage1"][1], RECIPES["stage2"][1]
 GPUS = 4
-HEAD = {field.name: field.default for field in dataclasses.fields(MlpHead)}
 
 
 class Row(NamedTuple):
@@ -37,6 +36,9 @@ class Row(NamedTuple):
 
 def default(function: object, name: str) -> object:
     return inspect.signature(function).parameters[name].default  # type: ignore[arg-type]
+
+
+ATLAS, COX = load_task("atlas").training, load_task("os_cox").training
 
 
 def num_parameters(module: torch.nn.Module) -> int:
@@ -105,11 +107,10 @@ ROWS = [
     Row("4.3", "128 x 256 x 256, sampled uniformly into 128 slices", (128, 256, 256), (
         len(slices.uniform_indices()), *transforms.CUBE_SHAPE[:2]
     )),
-    Row("4.3", "learning rate 1e-4", 1e-4, HEAD["learning_rate"]),
-    Row("4.3", "weight decay 1e-5", 1e-5, HEAD["weight_decay"]),
+    Row("4.3", "learning rate 1e-4", 1e-4, Training().learning_rate),
+    Row("4.3", "weight decay 1e-5", 1e-5, Training().weight_decay),
     Row("abstract, 4.3", "0.6 % of the parameters trained", 0.6, round(
-        100 * num_parameters(Heads([0], num_features=768, hidden_width=HEAD["hidden_width"], num_outputs=2))
-        / num_parameters(segmenter().encoder), 1
+        100 * (2 * 768 + (768 + 3) * Head().hidden_width + 2) / num_parameters(segmenter().encoder), 1
     )),
     # 4.3.1
     Row("4.3.1", "configuration 2d at 256 x 256", (256, 256), trainer.PATCH_SIZE),
@@ -123,6 +124,15 @@ ROWS = [
         100 * count_parameters(segmenter()).trainable / count_parameters(segmenter()).total, 1
     )),
     Row("4.3.1", "label ratios", (0.1, 0.2, 0.4, 0.6, 0.8, 1.0), RATIOS),
+    Row("4.3.2", "ADNI evaluated over five splits", 5, load_task("adni").protocol.num_splits),
+    Row("4.3.3", "AdamW, learning rate 1e-3, weight decay 1e-4", ("adamw", 1e-3, 1e-4), (
+        ATLAS.optimiser, ATLAS.learning_rate, ATLAS.weight_decay
+    )),
+    Row("4.3.3", "alpha 0.2 and delta 1.0 of Eq. 9", (0.2, 1.0), (head_losses.SQUARED_SHARE, head_losses.HUBER_DELTA)),
+    Row("4.3.4", "Cox at learning rate 3e-4, weight decay 1e-3", (3e-4, 1e-3), (COX.learning_rate, COX.weight_decay)),
+    Row("4.3.5", "T1CE and FLAIR for IDH", ("T1c", "FLAIR"), load_task("idh").inputs.sequences),
+    Row("4.6", "k in {1, 3, 5, 10, 20, 50}", (1, 3, 5, 10, 20, 50), NEIGHBOURS),
+    Row("4.7", "2,000 bootstrap iterations, seed 42", (2000, 42), (resampling.ITERATIONS, resampling.SEED)),
     Row("4.3.1", "100 epochs", 100, trainer.nnUNetTrainerBrainDINOFrozen.epochs),
     Row("4.3.1", "250 training iterations per epoch", 250, trainer.nnUNetTrainerBrainDINOFrozen.iterations),
     Row("4.3.1", "50 validation iterations", 50, trainer.nnUNetTrainerBrainDINOFrozen.validation_iterations),

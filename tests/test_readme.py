@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORTENED = {
     "--skull-strip hd-bet --jobs 4": "--skull-strip none --jobs 2",
     "pretrain/train.py stage1": f"{ROOT / 'pretrain' / 'train.py'} debug",
-    "--encoder run/encoder --out": "--encoder run/encoder --num-slices 4 --out",
+    "--encoder run/encoder --out": "--encoder run/encoder --options num_slices=4 --out",
     "--out eval --": "--out eval --ratios 1.0 --seeds 0 --",
 }
 

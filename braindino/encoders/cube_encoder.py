@@ -82,6 +82,12 @@ class CubeEncoder(VolumeEncoder):
             features.append(Features(global_, Layers(early, mid, late), tokens, None))
         return features
 
+    def volume_features(self, images: Tensor, sequences: Sequence[str | None]) -> Tensor:
+        """The global features (B, D) that ``encode`` gives of cubes (B, 1, X, Y, Z) of ``prepare``, on the encoder's
+        device, with gradients where its weights need them: for who trains the network.
+        """
+        return self._features(turn(images, self.preparation.orientation), sequences).global_
+
     @abstractmethod
     def _features(self, images: Tensor, sequences: Sequence[str | None]) -> CubeFeatures:
         """The features of images (B, 1, X, Y, Z) in the encoder's own orientation."""

@@ -3,7 +3,7 @@ sec. 4.3).
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -112,29 +112,65 @@ class SliceEncoder(VolumeEncoder):
     def encode(
         self, prepared: Sequence[Prepared], *, batch_size: int | None = None, with_tokens: bool = True
     ) -> list[Features]:
-        """See ``VolumeEncoder``; 32 slices in a pass unless ``batch_size`` says otherwise, never of two volumes."""
-        return [self._encode_volume(each, batch_size or BATCH_SIZE, with_tokens) for each in prepared]
-
-    def _encode_volume(self, prepared: Prepared, batch_size: int, with_tokens: bool) -> Features:
-        slice_features, patch_means, maps = [], [], []
-        layers: list[list[Tensor]] = [[], [], []]
+        """See ``VolumeEncoder``; 32 slices in a pass unless ``batch_size`` says otherwise, of two volumes where one
+        ends within a pass.
+        """
+        # Of each volume, pass by pass: the columns of all but the maps side by side, and the maps.
+        rows: list[list[Tensor]] = [[] for _ in prepared]
+        maps: list[list[Tensor]] = [[] for _ in prepared]
+        on_gpu = self.device.type == "cuda"
+        widths: list[int] = []
         with torch.inference_mode():
-            for batch in prepared.data.split(batch_size):
-                result = self._features(self.preparation.channels(batch.to(self.device)))
-                slice_features.append(result.global_.float().cpu())
-                patch_means.append(result.maps.float().mean(dim=(2, 3)).cpu())
-                for kept, layer in zip(layers, result.layers, strict=True):
-                    kept.append(layer.float().cpu())
+            for parts in _batches([each.data for each in prepared], batch_size or BATCH_SIZE):
+                # But for tokens nothing waits for a GPU: the next pass is in its queue before this one is done.
+                slices = [part.to(self.device, non_blocking=on_gpu) for _, part in parts]
+                result = self._features(self.preparation.channels(torch.cat(slices) if len(slices) > 1 else slices[0]))
+                columns = (result.global_, result.maps.float().mean(dim=(2, 3)), *result.layers)
+                widths = [column.shape[1] for column in columns]
+                found = torch.cat([column.float() for column in columns], dim=1).to("cpu", non_blocking=on_gpu)
+                counts = [len(part) for _, part in parts]
+                for (volume, _), row in zip(parts, found.split(counts), strict=True):
+                    rows[volume].append(row)
                 if with_tokens:
-                    maps.append(result.maps.float().cpu())
-        slices = SliceFeatures(torch.cat(slice_features), torch.cat(patch_means))
-        early, mid, late = (torch.cat(kept).mean(dim=0) for kept in layers)
-        tokens = _token_grid(torch.cat(maps), prepared) if with_tokens else None
-        return Features(slices.cls.mean(dim=0), Layers(early, mid, late), tokens, slices)
+                    for (volume, _), each in zip(parts, result.maps.float().cpu().split(counts), strict=True):
+                        maps[volume].append(each)
+            if on_gpu:
+                torch.cuda.current_stream(self.device).synchronize()
+        features = []
+        for each, its_rows, its_maps in zip(prepared, rows, maps, strict=True):
+            cls, patches, *layers = (part.contiguous() for part in torch.cat(its_rows).split(widths, dim=1))
+            early, mid, late = (layer.mean(dim=0) for layer in layers)
+            tokens = _token_grid(torch.cat(its_maps), each) if with_tokens else None
+            features.append(Features(cls.mean(dim=0), Layers(early, mid, late), tokens, SliceFeatures(cls, patches)))
+        return features
+
+    def slice_features(self, slices: Tensor) -> SliceFeatures:
+        """What ``encode`` says of slices (B, 1, H, W) of ``prepare``, on the encoder's device, with gradients where its
+        weights need them: for who trains the network.
+        """
+        result = self._features(self.preparation.channels(slices))
+        return SliceFeatures(result.global_, result.maps.float().mean(dim=(2, 3)))
 
     @abstractmethod
     def _features(self, slices: Tensor) -> BatchFeatures:
         """The features of slices (B, 1 or 3, H, W)."""
+
+
+def _batches(volumes: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """The slices of volumes, ``size`` at a time, as (number of the volume, slices of it): only the last has fewer."""
+    batch: list[tuple[int, Tensor]] = []
+    room = size
+    for number, volume in enumerate(volumes):
+        rest = volume
+        while len(rest):
+            part, rest = rest[:room], rest[room:]
+            batch.append((number, part))
+            room -= len(part)
+            if not room:
+                yield batch
+                batch, room = [], size
+    if batch:
+        yield batch
 
 
 def _token_grid(maps: Tensor, prepared: Prepared) -> TokenGrid:

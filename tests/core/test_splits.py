@@ -7,6 +7,7 @@ import pytest
 
 from braindino.splits import (
     check_disjoint,
+    fold_subjects,
     nested_subsets,
     read_subjects,
     shared_persons,
@@ -112,3 +113,26 @@ def test_no_id_of_a_person_of_whom_one_only_trains_is_tested_on() -> None:
     for seed in range(5):
         _, test = split_subjects(SUBJECTS, test_fraction=0.5, seed=seed, person_of=person_of, train_only=[SUBJECTS[1]])
         assert not set(test) & set(SUBJECTS[:2])
+
+
+def test_folds_hold_every_subject_once_and_every_group_in_proportion():
+    subjects = [f"c/{number:03d}" for number in range(53)]
+    strata = {subject: "ad" if number % 5 == 0 else "cn" for number, subject in enumerate(subjects)}
+    folds = fold_subjects(subjects, num_folds=5, seed=0, strata=strata)
+    assert sorted(subject for fold in folds for subject in fold) == subjects
+    assert {len(fold) for fold in folds} == {10, 11}
+    assert {sum(strata[subject] == "ad" for subject in fold) for fold in folds} == {2, 3}
+    assert (
+        fold_subjects(subjects, num_folds=5, seed=0, strata=strata)
+        == folds
+        != fold_subjects(subjects, num_folds=5, seed=1)
+    )
+
+
+def test_all_ids_of_a_person_are_in_one_fold_and_there_are_at_most_as_many_folds_as_persons():
+    subjects = [f"c/P{number}_{visit}" for number in range(4) for visit in (11, 21)]
+    person_of = {subject: subject[:4] for subject in subjects}
+    folds = fold_subjects(subjects, num_folds=4, seed=0, person_of=person_of)
+    assert [len({person_of[subject] for subject in fold}) for fold in folds] == [1, 1, 1, 1]
+    with pytest.raises(ValueError, match="num_folds: found 5 for 4 subjects; expected 2 to 4"):
+        fold_subjects(subjects, num_folds=5, seed=0, person_of=person_of)

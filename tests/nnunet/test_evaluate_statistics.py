@@ -1,32 +1,12 @@
-"""Resampling by subject: hand-worked cases, enumeration, scipy, and how often the interval holds."""
-
-from itertools import product
+"""Intervals and paired tests of segmentation scores: hand-worked cases, and how often the interval holds."""
 
 import numpy as np
 import pytest
-import scipy.stats
 
-from nnunet_braindino.paired_tests import (
-    bootstrap_means,
-    draw_subjects,
-    holm,
-    paired_test,
-    percentile_interval,
-    sign_flip_p,
-)
+from braindino.resampling import draw_subjects, percentile_interval
+from nnunet_braindino.paired_tests import bootstrap_means, paired_test
 
 NAN = float("nan")
-
-
-def test_all_cases_of_a_subject_are_drawn_together_and_every_draw_has_as_many_subjects():
-    subjects = ["a", "b", "a", "c", "a"]
-    draws = draw_subjects(subjects, iterations=500, seed=1)
-    assert draws.shape == (500, 5)
-    assert (draws[:, 0] == draws[:, 2]).all() and (draws[:, 0] == draws[:, 4]).all()
-    assert (draws[:, [0, 1, 3]].sum(axis=1) == 3).all()
-    assert draws[:, 0].max() == 3, "a subject may be drawn three times of three"
-    np.testing.assert_array_equal(draws, draw_subjects(subjects, iterations=500, seed=1))
-    assert (draws != draw_subjects(subjects, iterations=500, seed=2)).any()
 
 
 def test_bootstrap_by_subject_equals_the_hand_worked_distribution():
@@ -48,49 +28,6 @@ def test_cases_that_are_not_defined_are_left_out_of_every_draw():
     assert all(np.isnan(percentile_interval(np.array([1.0, NAN, NAN]))))
     assert percentile_interval(np.arange(1001.0)) == pytest.approx((25.0, 975.0))
     assert len(subjects) == len(values)
-
-
-def enumerated_sign_flip(differences: np.ndarray, subjects: list[str]) -> float:
-    names = sorted(set(subjects))
-    observed = abs(differences.mean())
-    extreme = []
-    for signs in product((1, -1), repeat=len(names)):
-        sign_of = dict(zip(names, signs, strict=True))
-        flipped = np.mean([sign_of[subject] * value for subject, value in zip(subjects, differences, strict=True)])
-        extreme.append(abs(flipped) >= observed - 1e-12)
-    return float(np.mean(extreme))
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_the_sign_flip_test_equals_brute_force_over_all_signs_of_the_subjects(seed: int):
-    rng = np.random.default_rng(seed)
-    subjects = [f"s{i}" for i in rng.integers(0, 7, 15)]
-    differences = rng.normal(0.03, 0.05, 15).round(2)
-    assert sign_flip_p(differences, subjects) == pytest.approx(enumerated_sign_flip(differences, subjects))
-
-
-def test_the_sign_flip_test_equals_scipys_where_every_case_is_a_subject():
-    differences = np.array([0.02, 0.05, -0.01, 0.07, 0.03, 0.04, -0.02, 0.06, 0.01, 0.02])
-    names = [str(i) for i in range(10)]
-    reference = scipy.stats.permutation_test(
-        (differences,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
-    )
-    assert sign_flip_p(differences, names) == pytest.approx(reference.pvalue)
-
-
-def test_beyond_fourteen_subjects_signs_are_drawn_and_agree_with_enumeration():
-    rng = np.random.default_rng(3)
-    differences = rng.normal(0.012, 0.04, 15)
-    names = [str(i) for i in range(15)]
-    assert sign_flip_p(differences, names) == pytest.approx(enumerated_sign_flip(differences, names), abs=0.015)
-    assert sign_flip_p(np.full(40, 0.1), [str(i) for i in range(40)]) == pytest.approx(1 / 10_001)
-
-
-def test_time_points_of_one_subject_are_no_independent_evidence():
-    """Ten equal differences: as ten subjects p = 2 / 2^10, as two subjects 2 / 4."""
-    differences = np.full(10, 0.05)
-    assert sign_flip_p(differences, [str(i) for i in range(10)]) == pytest.approx(2 / 1024)
-    assert sign_flip_p(differences, ["a"] * 5 + ["b"] * 5) == pytest.approx(0.5)
 
 
 def test_the_paired_test_says_the_difference_both_p_values_and_what_it_left_out():
@@ -115,13 +52,6 @@ def test_the_bootstrap_p_is_twice_the_smaller_share_beyond_zero():
     assert paired_test(np.array([0.5]), np.array([0.5]), ["a"]).p_bootstrap == 1.0
     nothing = paired_test(np.array([NAN]), np.array([0.5]), ["a"])
     assert np.isnan(nothing.difference) and np.isnan(nothing.p_sign_flip) and nothing.num_one_sided == 1
-
-
-def test_holm_equals_the_hand_worked_steps():
-    """Sorted 0.01, 0.02, 0.04, 0.05 times 4, 3, 2, 1: 0.04, 0.06, 0.08, 0.08 (never falling)."""
-    assert holm([0.05, 0.01, 0.04, 0.02]) == pytest.approx([0.08, 0.04, 0.08, 0.06])
-    adjusted = holm([0.6, NAN, 0.7])
-    assert adjusted[0] == 1.0 and np.isnan(adjusted[1]) and adjusted[2] == 1.0
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():

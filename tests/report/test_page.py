@@ -320,6 +320,6 @@ def write_evaluation(folder: Path) -> None:
     ]
     folder.mkdir(parents=True)
     (folder / "summary.tsv").write_text("\n".join("\t".join(row) for row in [SUMMARY.split(), *rows]) + "\n")
-    seed = folder / "pretrained" / "seed_0"
-    seed.mkdir(parents=True)
-    (seed / "metrics.json").write_text(json.dumps({"provenance": {"command": "braindino evaluate sequence"}}))
+    (folder / "pretrained").mkdir()
+    (folder / "pretrained" / "predictions.csv").write_text("case\n")
+    (folder / "run.json").write_text(json.dumps({"provenance": {"command": ["braindino", "evaluate", "sequence"]}}))

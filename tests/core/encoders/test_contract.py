@@ -125,3 +125,33 @@ def test_layers_are_the_papers_blocks_in_twelve_and_exist_in_any_depth():
     assert layer_blocks(1) == (0, 0, 0)
     with pytest.raises(ValueError, match="depth 0"):
         layer_blocks(0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 12, 100])
+def test_slices_of_two_volumes_may_share_a_pass_and_their_features_do_not_show_it(
+    build, volume: Volume, bright_volume, batch_size: int
+):
+    """Eight slices a volume: passes of 3 and 12 run over the border of two volumes, one of 100 holds all three."""
+    encoder = build("slices")
+    volumes = (volume, bright_volume((0.0, 40.0, 30.0)), bright_volume((15.0, 8.0, 40.0)))
+    prepared = [encoder.prepare(each) for each in volumes]
+    passes = []
+    intermediate = encoder.network.intermediate
+    encoder.network.intermediate = lambda slices, *more, **options: (
+        passes.append(len(slices)) or intermediate(slices, *more, **options)
+    )
+    together = encoder.encode(prepared, batch_size=batch_size)
+    assert sum(passes) == 24 and set(passes[:-1]) <= {batch_size} and passes[-1] <= batch_size
+    for each, features in zip(prepared, together, strict=True):
+        [alone] = encoder.encode([each], batch_size=8)
+        assert alone.slices is not None and features.slices is not None
+        assert alone.tokens is not None and features.tokens is not None
+        pairs = [
+            (features.global_, alone.global_),
+            *zip(features.layers, alone.layers, strict=True),
+            *zip(features.slices, alone.slices, strict=True),
+            (features.tokens.features, alone.tokens.features),
+        ]
+        for found, expected in pairs:
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * scale)

@@ -1,0 +1,57 @@
+"""``braindino tasks [NAME]``: the table of tasks, or one row in full."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import yaml
+
+from braindino.downstream.scoring import check_metrics
+from braindino.downstream.task_table import as_plain, load_task, task_names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 1 when there is no such task."""
+    parser = argparse.ArgumentParser(prog="braindino tasks", description="What can be evaluated, and how.")
+    parser.add_argument("task", nargs="?", metavar="TASK", help="a row, or a YAML file of your own: shown in full")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.task:
+            task = load_task(arguments.task)
+            check_metrics(task)
+            print(
+                yaml.safe_dump(_without_tuples(as_plain(task)), sort_keys=False, allow_unicode=True, width=110), end=""
+            )
+        else:
+            print(_overview())
+    except (ValueError, OSError) as error:
+        print(f"braindino tasks: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _overview() -> str:
+    header = ("task", "paper", "predicts", "from", "cohorts of the paper", "metric", "tested on")
+    lines = [header]
+    for name in task_names():
+        task = load_task(name)
+        tested = {"holdout": "one test set", "kfold": f"{task.protocol.num_splits} folds"}.get(
+            task.protocol.kind, f"{task.protocol.num_splits} test sets"
+        )
+        cohorts, sequences = ", ".join(task.cohorts), ", ".join(task.inputs.sequences)
+        lines.append((task.name, task.section, task.title, sequences, cohorts, task.metrics[0], tested))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def _without_tuples(value: object) -> object:
+    """YAML has lists."""
+    if isinstance(value, dict):
+        return {key: _without_tuples(each) for key, each in value.items()}
+    return [_without_tuples(each) for each in value] if isinstance(value, tuple | list) else value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""A task on all its encoders: every trial, and every number made of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from braindino.downstream.calibration import Calibration, calibrate_probabilities, calibrate_values
+from braindino.downstream.cases import Cases
+from braindino.downstream.comparisons import LabelPermutation
+from braindino.downstream.protocols import Job
+from braindino.downstream.scoring import (
+    Difference,
+    Score,
+    StratumScore,
+    Survival,
+    by_cell,
+    compare_encoders,
+    score_encoder,
+    score_permutations,
+    score_strata,
+    score_survival,
+)
+from braindino.downstream.task_table import Task
+from braindino.downstream.trials import Trial, permuted_trials, run_trials, trials_of
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that was computed.
+
+    Attributes:
+        trials: encoder -> its trials, in the order of the jobs.
+        scores: encoder -> every metric of every cell.
+        differences: the first encoder against the others, over all cases and in every stratum.
+        strata: the first metric in every group of cases.
+        survival: groups of risk.
+        permutations: encoder -> the first metric beside permuted labels; empty where none were asked for.
+        calibration: encoder -> of the cell with the most labels; for two classes and for numbers.
+    """
+
+    trials: Mapping[str, list[Trial]]
+    scores: Mapping[str, list[Score]]
+    differences: list[Difference]
+    strata: list[StratumScore]
+    survival: list[Survival]
+    permutations: Mapping[str, LabelPermutation]
+    calibration: Mapping[str, Calibration]
+
+
+def run_sweep(
+    task: Task,
+    cases: Cases,
+    jobs: Sequence[Job],
+    features_of: Mapping[str, np.ndarray],
+    outputs_of: Mapping[str, np.ndarray],
+    *,
+    permutations: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Results:
+    """Train, predict and score.
+
+    Args:
+        task: row of the table of tasks.
+        cases: n cases.
+        jobs: splits, seeds and ratios.
+        features_of: encoder -> (n, D) or (n, S, D) features of the cases.
+        outputs_of: encoder that was trained itself -> (jobs, n, K) outputs of its heads.
+        permutations: trainings on permuted labels, per encoder of features.
+        device: where heads are trained.
+        say: takes a line about what was done.
+    """
+    trials: dict[str, list[Trial]] = {}
+    tested: dict[str, LabelPermutation] = {}
+    for encoder, features in features_of.items():
+        trials[encoder] = run_trials(task, features, cases, jobs, device=device)
+        say(f"{encoder}: {len(trials[encoder])} trials")
+        if permutations:
+            # All training subjects of the first split and seed, and the smallest neighbourhood.
+            fullest = max(trials[encoder], key=lambda trial: trial.job.ratio)
+            dealt = permuted_trials(task, features, cases, fullest.job, count=permutations, device=device)
+            same = [trial for trial in dealt if trial.variant == fullest.variant]
+            tested[encoder] = score_permutations(task, fullest, same)
+    for encoder, outputs in outputs_of.items():
+        trials[encoder] = trials_of(task, outputs, cases, jobs)
+    strata, within = score_strata(task, cases, trials)
+    return Results(
+        trials=trials,
+        scores={encoder: score_encoder(task, cases, of_encoder) for encoder, of_encoder in trials.items()},
+        differences=[*compare_encoders(task, cases, trials), *within],
+        strata=strata,
+        survival=score_survival(task, cases, trials),
+        permutations=tested,
+        calibration={
+            encoder: calibration
+            for encoder, of_encoder in trials.items()
+            if (calibration := calibrate(task, cases, of_encoder)) is not None
+        },
+    )
+
+
+def calibrate(task: Task, cases: Cases, trials: Sequence[Trial]) -> Calibration | None:
+    """Calibration over the trials with the most labels; None for what has none: several classes, risks, neighbours."""
+    cells = by_cell(trials)
+    predictions = [trial.prediction for trial in cells[max(cells)]]
+    subjects = np.concatenate([np.array(cases.subjects)[prediction.rows] for prediction in predictions])
+    targets = np.concatenate([prediction.targets for prediction in predictions])
+    if task.target.kind == "number":
+        return calibrate_values(targets, np.concatenate([p.predicted for p in predictions]), subjects)
+    if task.knn is not None or len(task.target.classes) != 2:
+        return None
+    positive = np.concatenate([p.probabilities[:, 1] for p in predictions if p.probabilities is not None])
+    return calibrate_probabilities(targets == 1, positive, subjects)

@@ -1,0 +1,242 @@
+"""One encoder on one task: heads or nearest neighbours for every split, seed and label ratio, and what stands beside
+them: the trivial predictor, clinical facts alone, and the same heads on permuted labels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from braindino.downstream.cases import Cases
+from braindino.downstream.clinical import predict_from_facts
+from braindino.downstream.heads import train_heads
+from braindino.downstream.knn import knn_predict
+from braindino.downstream.protocols import Job
+from braindino.downstream.survival import risk_cut
+from braindino.downstream.task_table import Knn, Task
+from braindino.feature_table import FeatureTable
+
+FAR_OUTSIDE = 0.5
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is said of the cases of a test set.
+
+    Attributes:
+        rows: (n,) indices of the cases.
+        targets: (n,) class indices or values, (n, 2) times and events.
+        predicted: (n,) class indices, values, or risks (higher means an earlier event).
+        probabilities: (n, K) of classes; None otherwise, and for nearest neighbours.
+    """
+
+    rows: np.ndarray
+    targets: np.ndarray
+    predicted: np.ndarray
+    probabilities: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One head, or one k, on one job.
+
+    Attributes:
+        job: who trained and who was tested on.
+        variant: ``k=5`` for nearest neighbours, empty otherwise.
+        prediction: of the test cases.
+        baseline: what the trivial predictor says of them: the majority class, the mean, or nothing, of the same
+            training cases.
+        clinical: what clinical facts alone say of them; None where the task has none, or they say nothing.
+        clinical_note: why not, in the second case.
+        risk_cut: median risk of the training cases, for survival.
+        num_far_outside: predicted values beyond the training range by more than half its width.
+    """
+
+    job: Job
+    variant: str
+    prediction: Prediction
+    baseline: Prediction
+    clinical: Prediction | None
+    clinical_note: str = ""
+    risk_cut: float = 0.0
+    num_far_outside: int = 0
+
+
+def case_features(task: Task, cases: Cases, table: FeatureTable) -> np.ndarray:
+    """(n, D) features of the cases, (n, S, D) for a head that pools slices itself; float32.
+
+    With fusion a case is the mean of the features of those of its scans that are there (paper sec. 4.3.4).
+
+    Raises:
+        ValueError: the encoder does not have the task's pool.
+    """
+    scans, inputs = cases.all_scans, task.inputs
+    if task.knn is None and task.head.kind == "attention":
+        pool = "cls" if inputs.pool == "global" else inputs.pool
+        features = table.slices(scans, pool=pool, slice_range=inputs.slice_range)
+    elif inputs.pool != "global" and not table.has_slices and inputs.volume_pool:
+        features = table.pooled(scans, pool=inputs.volume_pool)
+    else:
+        features = table.pooled(scans, pool=inputs.pool, slice_range=inputs.slice_range)
+    case_of_scan = np.repeat(np.arange(len(cases)), [len(group) for group in cases.scans])
+    fused = np.zeros((len(cases), *features.shape[1:]), dtype=np.float32)
+    np.add.at(fused, case_of_scan, features)
+    counts = np.bincount(case_of_scan, minlength=len(cases)).astype(np.float32)
+    return fused / counts.reshape(-1, *[1] * (features.ndim - 1))
+
+
+def run_trials(
+    task: Task, features: np.ndarray, cases: Cases, jobs: Sequence[Job], *, device: torch.device
+) -> list[Trial]:
+    """A trial for every job and (for nearest neighbours) every k that fits each memory bank of its ratio.
+
+    Args:
+        task: row of the table of tasks.
+        features: (n, D) or (n, S, D) float32, a row per case.
+        cases: n cases.
+        jobs: what to train.
+        device: where heads are trained.
+    """
+    if task.knn is not None:
+        return _knn_trials(task, task.knn, features, cases, jobs)
+    return trials_of(task, _train(task, features, cases.targets, jobs, device=device), cases, jobs)
+
+
+def trials_of(task: Task, outputs: np.ndarray, cases: Cases, jobs: Sequence[Job]) -> list[Trial]:
+    """A trial for every job.
+
+    Args:
+        task: row of the table of tasks.
+        outputs: (jobs, n, K) of the job's head for every case; those that it neither trained on nor tests are not read.
+        cases: n cases.
+        jobs: what was trained.
+    """
+    trials = []
+    for job, output in zip(jobs, outputs, strict=True):
+        prediction = _prediction(task, cases, job, output[job.test])
+        trial = Trial(job, "", prediction, trivial(task, cases, job), *predict_clinically(task, cases, job))
+        if task.target.kind == "survival":
+            trial = replace(trial, risk_cut=risk_cut(output[job.train, 0]))
+        elif task.target.kind == "number":
+            trial = replace(trial, num_far_outside=count_far_outside(cases.targets[job.train], prediction.predicted))
+        trials.append(trial)
+    return trials
+
+
+def permuted_trials(
+    task: Task, features: np.ndarray, cases: Cases, job: Job, *, count: int, device: torch.device
+) -> list[Trial]:
+    """The job's head trained ``count`` times on labels that were dealt anew among its training cases.
+
+    Where every subject has one and the same label, whole subjects are dealt, so that a permuted label is as constant
+    within a subject as the real one.
+    """
+    trials = []
+    for number in range(count):
+        rng = np.random.default_rng([job.seed, number])
+        targets = cases.targets.copy()
+        targets[job.train] = targets[job.train][_deal(rng, cases, job.train)]
+        if task.knn is not None:
+            shuffled = replace(cases, targets=targets)
+            made = _knn_trials(task, task.knn, features, shuffled, [job])
+            trials += [
+                replace(trial, prediction=replace(trial.prediction, targets=cases.targets[job.test])) for trial in made
+            ]
+        else:
+            (output,) = _train(task, features, targets, [job], device=device)
+            prediction = _prediction(task, cases, job, output[job.test])
+            trials.append(Trial(job, "", prediction, trivial(task, cases, job), None))
+    return trials
+
+
+def trivial(task: Task, cases: Cases, job: Job) -> Prediction:
+    """What the training targets alone say: the same of every test case."""
+    train, targets = cases.targets[job.train], cases.targets[job.test]
+    if task.target.kind == "survival":
+        return Prediction(job.test, targets, np.zeros(len(targets)))
+    if task.target.kind == "number":
+        return Prediction(job.test, targets, np.full(len(targets), train.mean()))
+    shares = np.bincount(train, minlength=len(task.target.classes)) / len(train)
+    return Prediction(job.test, targets, np.full(len(targets), shares.argmax()), np.tile(shares, (len(targets), 1)))
+
+
+def predict_clinically(task: Task, cases: Cases, job: Job) -> tuple[Prediction | None, str]:
+    """What the clinical facts alone say of the test cases, or None and why they say nothing."""
+    facts = {name: cases.facts[name] for name in task.clinical if name in cases.facts}
+    if not facts:
+        return None, "no label table has any of " + ", ".join(task.clinical) if task.clinical else ""
+    try:
+        output = predict_from_facts(
+            facts,
+            cases.targets,
+            kind=task.target.kind,
+            num_classes=len(task.target.classes),
+            train=job.train,
+            test=job.test,
+        )
+    except ValueError as error:
+        return None, str(error)
+    return _prediction(task, cases, job, output), ""
+
+
+def count_far_outside(train_targets: np.ndarray, predicted: np.ndarray) -> int:
+    """How many predicted values lie beyond the range of the training targets by more than half its width."""
+    low, high = train_targets.min(), train_targets.max()
+    margin = FAR_OUTSIDE * (high - low)
+    return int(((predicted < low - margin) | (predicted > high + margin)).sum())
+
+
+def _train(
+    task: Task, features: np.ndarray, targets: np.ndarray, jobs: Sequence[Job], *, device: torch.device
+) -> np.ndarray:
+    """(jobs, n, K) outputs of all cases."""
+    return train_heads(
+        features,
+        targets,
+        subsets=[job.train for job in jobs],
+        seeds=[job.seed for job in jobs],
+        num_outputs=len(task.target.classes) or 1,
+        head=task.head,
+        training=task.training,
+        device=device,
+    )
+
+
+def _prediction(task: Task, cases: Cases, job: Job, output: np.ndarray) -> Prediction:
+    targets = cases.targets[job.test]
+    if task.target.kind == "class":
+        return Prediction(job.test, targets, output.argmax(axis=1), output)
+    return Prediction(job.test, targets, output[:, 0])
+
+
+def _knn_trials(task: Task, knn: Knn, features: np.ndarray, cases: Cases, jobs: Sequence[Job]) -> list[Trial]:
+    smallest: dict[float, int] = {}
+    for job in jobs:
+        smallest[job.ratio] = min(len(job.train), smallest.get(job.ratio, len(job.train)))
+    trials = []
+    for job in jobs:
+        by_k = knn_predict(
+            features[job.train],
+            cases.targets[job.train],
+            features[job.test],
+            neighbours=[k for k in knn.neighbours if k <= smallest[job.ratio]],
+            num_classes=len(task.target.classes),
+        )
+        baseline, clinical = trivial(task, cases, job), predict_clinically(task, cases, job)
+        targets = cases.targets[job.test]
+        trials += [
+            Trial(job, f"k={k}", Prediction(job.test, targets, predicted), baseline, *clinical)
+            for k, predicted in by_k.items()
+        ]
+    return trials
+
+
+def _deal(rng: np.random.Generator, cases: Cases, train: np.ndarray) -> np.ndarray:
+    """(len(train),) positions in ``train`` whose labels are given to each."""
+    subjects = np.array(cases.subjects)[train]
+    names, first, subject_of_case = np.unique(subjects, return_index=True, return_inverse=True)
+    targets = cases.targets[train]
+    constant = (targets == targets[first][subject_of_case]).reshape(len(train), -1).all()
+    if not constant:
+        return rng.permutation(len(train))
+    return first[rng.permutation(len(names))][subject_of_case]
