@@ -18,8 +18,6 @@ from braindino.task_summary import read_task_summary
 DATASET_ID = 901
 DATASET = f"Dataset{DATASET_ID}_SimulatedTumors"
 TRAINER = "nnUNetTrainerBrainDINOFrozen_demo"
-# The recipe does 200; two of the fifteen minutes are better spent on the tasks.
-PRETRAIN_ITERATIONS = 120
 NUM_SLICES = 8
 
 
@@ -73,7 +71,7 @@ def build_steps(out: Path, config: Demo) -> list[Step]:
         verb(
             "Pretrain a tiny ViT on the slices of the other subjects",
             "pretrain", "demo", "--store", prepared / "store", "--out", run, "--exclude-subjects", held_out,
-            "--seed", config.seed, "--iterations", PRETRAIN_ITERATIONS,
+            "--seed", config.seed,
         ),
     ]  # fmt: skip
     steps += _segmentation(out, cohort, held_out, run / "encoder")

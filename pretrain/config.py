@@ -25,6 +25,8 @@ class ModelConfig:
 
     architecture: Literal["vit_tiny", "vit_small", "vit_base", "vit_large"] = "vit_base"
     """Encoder, patches of 16 px, rotary positions (paper: ViT-B/16)."""
+    depth: int | None = None
+    """Blocks, where the architecture's own number is too many, as in a demonstration on a CPU."""
     num_storage_tokens: int = 4
     """Learned storage tokens beside the CLS token (paper)."""
     layer_scale_init: float = 1e-5
@@ -43,6 +45,8 @@ class ModelConfig:
     """Width of the normalised bottleneck in front of the prototypes (paper)."""
 
     def __post_init__(self) -> None:
+        if self.depth is not None:
+            _check(self, "depth", 1)
         _check(self, "num_storage_tokens", 0)
         _check(self, "layer_scale_init", 0)
         _check(self, "drop_path", 0, 0.9)

@@ -90,12 +90,14 @@ def build_student(
     head_hidden_dim: int,
     head_bottleneck_dim: int,
     seed: int,
+    depth: int | None = None,
     layer_norm_eps: float | None = None,
 ) -> Network:
-    """A freshly initialised student, in training mode; the seed decides its weights. Without an eps, the encoder's."""
-    eps = {} if layer_norm_eps is None else {"layer_norm_eps": layer_norm_eps}
+    """A freshly initialised student, in training mode; the seed decides its weights. Depth and eps are the
+    architecture's own where they are not given."""
+    given = {name: value for name, value in (("depth", depth), ("layer_norm_eps", layer_norm_eps)) if value is not None}
     encoder = ARCHITECTURES[architecture](
-        num_storage_tokens=num_storage_tokens, layer_scale_init=layer_scale_init, drop_path=drop_path, **eps
+        num_storage_tokens=num_storage_tokens, layer_scale_init=layer_scale_init, drop_path=drop_path, **given
     )
     encoder.initialize(torch_generator(seed, 0, "encoder"))
     dino_head, ibot_head = (

@@ -48,17 +48,18 @@ DEBUG = PretrainConfig(
 
 DEMO = PretrainConfig(
     out=Path("demo/pretrain"),
-    iterations=200,
-    batch_size=16,
-    checkpoint_every=50,
-    probe_every=40,
+    iterations=300,
+    batch_size=32,
+    checkpoint_every=100,
+    probe_every=100,
     probe_slices=64,
     log_every=2,
     num_workers=0,
-    # Two hundred iterations are too few for layer scales to grow from 1e-5 and for prototypes to lengthen: branches
-    # start at full strength, and the student's temperature is a fifth of the paper's.
+    # A few hundred iterations are too few for layer scales to grow from 1e-5: branches start at full strength, and both
+    # temperatures are well below the paper's, or the teacher keeps liking all prototypes alike.
     model=ModelConfig(
         architecture="vit_tiny",
+        depth=4,
         layer_scale_init=1.0,
         drop_path=0.0,
         num_prototypes=256,
@@ -67,9 +68,9 @@ DEMO = PretrainConfig(
     ),
     # Small crops of small boxes: few tokens, and structures about as large as in the whole slices encoded later.
     crops=CropConfig(
-        global_sizes=(96,), local_sizes=(48,), num_local=4, global_scale=(0.14, 0.7), local_scale=(0.03, 0.14)
+        global_sizes=(96,), local_sizes=(48,), num_local=4, global_scale=(0.1, 0.4), local_scale=(0.02, 0.1)
     ),
-    loss=LossConfig(student_temperature=0.02, teacher_temperature=(0.01, 0.01), teacher_temperature_iterations=0),
+    loss=LossConfig(student_temperature=0.05, teacher_temperature=(0.02, 0.02), teacher_temperature_iterations=0),
     optimizer=OptimizerConfig(
         base_lr=1.5e-3,
         lr_scaling="none",
@@ -77,7 +78,7 @@ DEMO = PretrainConfig(
         layer_decay=1.0,
         patch_embed_lr_multiplier=1.0,
         last_layer_freeze_iterations=0,
-        teacher_momentum=0.97,
+        teacher_momentum=0.985,
     ),
 )
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from braindino.pretrain.data import batch_masks
+from braindino.pretrain.config import ModelConfig
 from braindino.pretrain.distillation import (
     Network,
     Objective,
@@ -76,6 +77,16 @@ def views_of(slices: torch.Tensor, *, seed: int = 0) -> Views:
 @pytest.fixture(scope="module")
 def views() -> Views:
     return views_of(torch.randn(B, 256, 256, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_student_can_have_fewer_blocks_than_its_architecture():
+    heads = {"num_prototypes": 8, "head_hidden_dim": 16, "head_bottleneck_dim": 8}
+    common = {"num_storage_tokens": 1, "layer_scale_init": 1.0, "drop_path": 0.0, "seed": 0, **heads}
+    student = build_student("vit_tiny", **common, depth=3)
+    assert len(student.encoder.blocks) == student.encoder.architecture["depth"] == 3
+    assert len(build_student("vit_tiny", **common).encoder.blocks) == 12
+    with pytest.raises(ValueError, match="depth"):
+        ModelConfig(depth=0)
 
 
 def test_a_paper_head_has_23_million_parameters_and_prototypes_of_norm_a_third() -> None:
