@@ -4,7 +4,6 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +93,9 @@ def build_timm(name: str, *, pretrained: bool, weights: str | Path | None = None
     Raises:
         ValueError: no such model; no weights, or no way to get them; a file that does not fit.
     """
+    # Takes seconds, and every program that knows the encoders by name would wait for it.
+    import timm
+
     try:
         network = timm.create_model(name, pretrained=pretrained and weights is None, num_classes=0)
     except (RuntimeError, OSError, ValueError) as error:
