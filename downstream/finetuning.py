@@ -1,7 +1,7 @@
 """Full fine-tuning (paper sec. 4.4): encoder and head are trained jointly, from volumes, on the cases, splits, seeds
 and ratios of the frozen features beside them, with their head, loss and optimiser.
 
-The activations of a batch of volumes fit into no GPU: 32 volumes of 128 slices are 4096 images. Each step therefore
+The activations of a batch of volumes fit into no GPU: 16 volumes of 128 slices are 2048 images. Each step therefore
 goes through the encoder twice. First without gradients, to the features of the batch; from these, head and loss give
 the gradient at the features. Then part by part with gradients; what the backward pass needs of one part is gone before
 the next begins. The gradients are those of one large pass, since nothing in the encoder is random, and a loss that ties
@@ -66,7 +66,7 @@ class Finetuning:
     steps: int | None = None
     """Optimiser steps; by default the task's."""
     batch_size: int | None = None
-    """Cases per step; by default the task's: mostly 32, for Cox all that train. It costs time, not memory."""
+    """Cases per step; by default the task's: mostly 16, for Cox all that train. It costs time, not memory."""
     slices: int | None = None
     """Slices of each volume in a step, drawn anew every time; by default all. Predictions take all."""
     pass_size: int = BATCH_SIZE

@@ -3,6 +3,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -337,7 +338,7 @@ def test_the_digest_of_the_scans_changes_with_a_scan_or_a_mask_and_not_with_thei
         write_scans(tmp_path / name / "prepared" / "scans.tsv", moved)
     first = digest(tmp_path / "here")
     assert digest(tmp_path / "there") == first
-    with open(moved[1].path, "ab") as handle:
+    with Path(moved[1].path).open("ab") as handle:
         handle.write(b" ")
     assert digest(tmp_path / "there") != first
     mask_path(tmp_path / "here" / "prepared", scans[0]).unlink()
