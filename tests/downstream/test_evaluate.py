@@ -414,3 +414,42 @@ def test_a_person_with_two_ids_stays_on_one_side_unless_a_list_says_otherwise(tm
     rows = summary(tmp_path, "knn_sequence")
     assert {row["warnings"] for row in rows} == {"subject leak: 1 trained on under another id"}
     assert {row["pretraining_overlap"] for row in rows} == {"unknown: encoder e has no pretrained_on.tsv"}
+
+
+def test_attention_over_slices_finds_the_one_that_tells(tmp_path):
+    rng = np.random.default_rng(0)
+    lines, features = ["subject\tsick"], {}
+    for number in range(60):
+        sick = number % 2
+        lines.append(f"{number:02d}\t{sick}")
+        slices = rng.standard_normal((NUM_SLICES, 8))
+        slices[rng.integers(NUM_SLICES), :2] = (8.0, 8.0 * (1 if sick else -1))  # the first feature marks it
+        features[Scan(f"/{number:02d}.nii", "c", f"{number:02d}", "", "T1")] = slices
+    (tmp_path / "labels.tsv").write_text("\n".join([*lines, ""]))
+    write_features(tmp_path / "e", features)
+    task = tmp_path / "lesion.yaml"
+    task.write_text(
+        'title: Lesion\ninputs: {sequences: [T1]}\ntarget: {kind: class, column: sick, classes: ["0", "1"]}\n'
+        "head: {kind: attention, hidden_width: 32}\ntraining: {steps: 200, learning_rate: 5.0e-3}\nmetrics: [auc]\n"
+    )
+    arguments = ("--labels", tmp_path / "labels.tsv", "--ratios", 1.0, "--seeds", 0, "--test-fraction", 0.3)
+    assert run(tmp_path, task, *arguments, encoders=["e"]) == 0
+    (row,) = summary(tmp_path, "lesion")
+    assert float(row["estimate"]) > 0.9
+
+
+def test_unknown_keys_and_unfit_values_of_a_task_are_named(cohort, capsys):
+    task = cohort / "own.yaml"
+    base = "title: T\ninputs: {sequences: [T1]}\ntarget: {kind: number, column: age, unit: years}\nmetrics: [mae]\n"
+    for change, message in {
+        "training: {loss: squared_error, learning_rat: 1.0e-3}": "training.learning_rat: unknown key; did you mean "
+        "learning_rate?",
+        "training: {loss: cross_entropy}": "training.loss: found cross_entropy for a target of kind number; expected "
+        "squared_error or log_mixed",
+        "training: {loss: squared_error, steps: many}": "training.steps: found 'many'; expected int",
+        "training: {loss: squared_error}\nmetrics: [auc]": "metrics: auc does not fit a target of kind number",
+        "extends: nothing": "no task",
+    }.items():
+        task.write_text(base + change + "\n")
+        assert run(cohort, task, "--labels", cohort) == 1
+        assert message in capsys.readouterr().err
