@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from braindino.pretrain.data import batch_masks
 from braindino.pretrain.config import ModelConfig
+from braindino.pretrain.data import batch_masks
 from braindino.pretrain.distillation import (
     Network,
     Objective,
