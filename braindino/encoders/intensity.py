@@ -20,13 +20,17 @@ NUM_BINS = 32
 LIMIT = 4.0
 GRID = 16
 DEFINITION = (
-    f"density of {NUM_BINS} bins in [-{LIMIT:g}, {LIMIT:g}] over the slice; mean slice on {GRID}x{GRID}; version 1"
+    f"density of {NUM_BINS} bins in [-{LIMIT:g}, {LIMIT:g}] over the slice; mean slice on {GRID}x{GRID}; version 2"
 )
 SHA256 = hashlib.sha256(DEFINITION.encode()).hexdigest()
 
 
 class IntensityFloor(SliceEncoder):
-    """288 numbers of a volume. There is one depth, so the three layers are equal; a token is the mean of its cell."""
+    """288 numbers of a volume. There is one depth, so the three layers are equal; a token is the mean of its cell.
+
+    Its mean patch token would be one number, which a head that begins with LayerNorm cannot see: the 288 stand in its
+    place, so that the floor is one in tasks on patch tokens, too.
+    """
 
     def __init__(self, *, num_slices: int | None = None) -> None:
         """``num_slices``: None for the paper's 128."""
@@ -43,7 +47,7 @@ class IntensityFloor(SliceEncoder):
     def _features(self, slices: Tensor) -> BatchFeatures:
         features = encode_intensity(slices)
         maps = features[:, NUM_BINS:].unflatten(1, (1, GRID, GRID))
-        return BatchFeatures(features, Layers(features, features, features), maps)
+        return BatchFeatures(features, Layers(features, features, features), maps, in_place_of_patches=features)
 
 
 def encode_intensity(slices: Tensor) -> Tensor:

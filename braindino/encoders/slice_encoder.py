@@ -85,6 +85,13 @@ class BatchFeatures(NamedTuple):
     """(B, D) each, D by depth."""
     maps: Tensor
     """(B, D, rows, columns) tokens of the last layer."""
+    in_place_of_patches: Tensor | None = None
+    """(B, D') what to say where the mean patch token is asked for and says nothing."""
+
+    @property
+    def patch_means(self) -> Tensor:
+        """(B, D) mean patch token of each slice."""
+        return self.maps.float().mean(dim=(2, 3)) if self.in_place_of_patches is None else self.in_place_of_patches
 
 
 class SliceEncoder(VolumeEncoder):
@@ -125,7 +132,7 @@ class SliceEncoder(VolumeEncoder):
                 # But for tokens nothing waits for a GPU: the next pass is in its queue before this one is done.
                 slices = [part.to(self.device, non_blocking=on_gpu) for _, part in parts]
                 result = self._features(self.preparation.channels(torch.cat(slices) if len(slices) > 1 else slices[0]))
-                columns = (result.global_, result.maps.float().mean(dim=(2, 3)), *result.layers)
+                columns = (result.global_, result.patch_means, *result.layers)
                 widths = [column.shape[1] for column in columns]
                 found = torch.cat([column.float() for column in columns], dim=1).to("cpu", non_blocking=on_gpu)
                 counts = [len(part) for _, part in parts]
@@ -149,7 +156,7 @@ class SliceEncoder(VolumeEncoder):
         weights need them: for who trains the network.
         """
         result = self._features(self.preparation.channels(slices))
-        return SliceFeatures(result.global_, result.maps.float().mean(dim=(2, 3)))
+        return SliceFeatures(result.global_, result.patch_means)
 
     @abstractmethod
     def _features(self, slices: Tensor) -> BatchFeatures:

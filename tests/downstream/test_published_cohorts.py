@@ -55,7 +55,6 @@ class Published(NamedTuple):
     tasks: Mapping[str, Expected]
     labels_exit: int | None = 0
     """Of `braindino labels`; None where the cohort has no tables."""
-    encoder: str = "intensity"
 
 
 class Run(NamedTuple):
@@ -412,8 +411,6 @@ PPMI = Published(
             {"no diagnosis": 2},
         )
     },
-    # The task takes patch tokens; those of the intensity floor have one number, which LayerNorm makes 0.
-    encoder="untrained:vit_tiny",
 )
 
 
@@ -645,7 +642,7 @@ def make_run(name: str, root: Path) -> Run:
         table = ["--out", str(root / "labels.tsv"), "--scans", str(root / "prepared" / "scans.tsv")]
         assert labels.main(["--cohort", name, data, *table]) == published.labels_exit
     arguments = ["--prepared", prepared, "--out", str(root / "features"), "--device", "cpu"]
-    assert extract.main([*arguments, "--encoder", published.encoder, "--options", "num_slices=4"]) == 0
+    assert extract.main([*arguments, "--encoder", "intensity", "--options", "num_slices=4"]) == 0
     return Run(root, done)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from braindino.encoders import intensity
 from braindino.encoders.contract import Identity, TokenGrid, VolumeEncoder, layer_blocks
 from braindino.volume import Volume
 
@@ -28,7 +29,9 @@ def test_features_have_the_shapes_of_the_contract(encoder: VolumeEncoder, volume
     if features.slices is not None:
         assert features.slices.cls.shape == (features.tokens.features.shape[2], encoder.dim)
         torch.testing.assert_close(features.slices.cls.mean(dim=0), features.global_)
-        means = features.tokens.features.mean(dim=(0, 1))
+        # The floor's mean patch token would be one number; its features stand in its place.
+        of_floor = encoder.identity.name == intensity.NAME
+        means = features.slices.cls if of_floor else features.tokens.features.mean(dim=(0, 1))
         torch.testing.assert_close(features.slices.patches, means)
     without = encode(encoder, volume, with_tokens=False)
     assert without.tokens is None and torch.equal(without.global_, features.global_)
