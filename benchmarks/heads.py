@@ -1,6 +1,6 @@
 """Time of a task's whole sweep of heads: 6 label ratios, 5 seeds, 5 folds, 1,000 subjects, 768 features.
 
-    python benchmarks/heads.py [--quick] [--steps 1000] [--batch-size 32] [--threads 2]
+    python benchmarks/heads.py [--quick] [--steps 500] [--batch-size 16] [--threads 2]
 
 Ours: `train_heads`, all 150 heads. The other sides: `one by one`, a torch.nn.Sequential with torch.optim.Adam per head
 on the same features, all threads on one head at a time, some of the 150 heads timed and scaled up; and `re-encoding`,
