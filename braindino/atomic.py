@@ -49,6 +49,11 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def plain(value: Any) -> Any:
+    """``value`` as it is after a way through JSON, where a tuple becomes a list."""
+    return json.loads(json.dumps(value))
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the renames in a folder, to the disk: what is done later cannot get there before it."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -31,7 +31,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from braindino.atomic import replace_file, write_json
+from braindino.atomic import plain, replace_file, write_json
 from braindino.encoders.contract import Features, Identity
 from braindino.manifest import Scan, read_scans, write_scans
 
@@ -375,8 +375,8 @@ def _refuse_another_source(table_dir: Path, *, found: FeatureTableMeta, wanted: 
             "give each encoder a folder of its own, or delete this one"
         )
     for word, kept, asked in (
-        ("prepared as", _plain(ours.preparation), _plain(theirs.preparation)),
-        ("read as", _plain(ours.reading), _plain(theirs.reading)),
+        ("prepared as", plain(ours.preparation), plain(theirs.preparation)),
+        ("read as", plain(ours.reading), plain(theirs.reading)),
         ("computed in", found.precision, wanted.precision),
     ):
         if kept != asked:
@@ -384,8 +384,3 @@ def _refuse_another_source(table_dir: Path, *, found: FeatureTableMeta, wanted: 
                 f"{table_dir}: holds features {word} {kept}, asked for {asked}; "
                 "give each a folder of its own, or delete this one"
             )
-
-
-def _plain(value: Value) -> Value:
-    """As it is after a way through JSON, where a tuple becomes a list."""
-    return json.loads(json.dumps(value))

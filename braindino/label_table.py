@@ -1,6 +1,7 @@
 """Targets of subjects and sessions from label tables: BIDS folders and plain TSV or CSV files."""
 
 import csv
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,14 @@ class Label(NamedTuple):
 
     text: str
     place: str
+
+
+def number_of(text: str) -> float:
+    """The number that a cell holds; NaN where it holds none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def read_labels(sources: Sequence[Path], column: str) -> dict[LabelKey, Label]:

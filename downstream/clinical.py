@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from braindino.downstream.survival import fit_cox
+from braindino.label_table import number_of
 
 
 def predict_from_facts(
@@ -58,8 +59,8 @@ def design_matrix(facts: Mapping[str, Sequence[str]], train: np.ndarray) -> np.n
     columns = []
     for texts in facts.values():
         known = [text for text in texts if text]
-        if all(_is_number(text) for text in known):
-            values = np.array([float(text) if text else np.nan for text in texts])
+        if np.isfinite([number_of(text) for text in known]).all():
+            values = np.array([number_of(text) for text in texts])
             if np.isnan(values[train]).all():
                 continue
             values = np.where(np.isnan(values), np.nanmedian(values[train]), values)
@@ -70,10 +71,3 @@ def design_matrix(facts: Mapping[str, Sequence[str]], train: np.ndarray) -> np.n
             columns += [np.array([float(text == name) for text in texts]) for name in names[1:]]
     varying = [column for column in columns if np.ptp(column[train]) > 0]
     return np.stack(varying, axis=1) if varying else np.empty((len(next(iter(facts.values()), ())), 0))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return bool(np.isfinite(float(text)))
-    except ValueError:
-        return False

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from braindino.downstream.finetuning import Finetuning
-
-RATIOS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # paper sec. 4.3.1
+from braindino.downstream.task_table import RATIOS
+from braindino.parts import check_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,7 @@ class ExtractConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: found {value}; expected 1 or more")
-        if (self.part is None) != (self.of is None):
-            raise ValueError("--part I and --of N belong together")
-        if self.part is not None and self.of is not None and not 1 <= self.part <= self.of:
-            raise ValueError(f"--part {self.part} --of {self.of}: expected a part from 1 to {self.of}")
+        check_part(self.part, self.of)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,6 @@ def _run(config: EvaluateConfig, *, command: list[str]) -> None:
         {tuner.name: tuner.train(jobs, keep_in=folder / tuner.name / "jobs")} if tuner else {},
         permutations=config.permutations,
         device=device,
-        say=print,
     )
     rows = write_tables(folder, task, cases, results, overlaps=overlaps, warnings=warnings)
     print("", format_summary(rows), sep="\n")

@@ -1,7 +1,6 @@
 """``python downstream/extract.py --prepared DIR --encoder ENCODER --out FEATURES``: frozen features, once, for every
 task."""
 
-import hashlib
 import os
 import sys
 import time
@@ -24,7 +23,8 @@ from braindino.encoders.options import parse_options
 from braindino.feature_table import FeatureTableWriter, remove_leftovers
 from braindino.leakage import EXPOSURE_FILE, exposure_of_encoder, write_exposure
 from braindino.lock import lock_folder
-from braindino.manifest import Scan, read_scans, write_scans
+from braindino.manifest import read_scans, write_scans
+from braindino.parts import part_of
 from braindino.progress import track
 
 MAX_JOBS = 16
@@ -51,7 +51,7 @@ def _run(config: ExtractConfig) -> int:
         raise ValueError(f"{config.prepared / 'scans.tsv'}: no scan with status done; look at the reasons given there")
     part = f"part-{config.part}-of-{config.of}" if config.part is not None else ""
     if part:
-        scans = [scan for scan in scans if _part_of(scan, config.of or 1) == config.part]
+        scans = [scan for scan in scans if part_of(scan.scan_id, config.of or 1) == config.part]
     devices = _devices(config.device)
     options = parse_options(config.options)
     # With several GPUs each process loads its own; here only the identity is wanted.
@@ -131,12 +131,6 @@ def _devices(name: str) -> list[str]:
 
 def _jobs_per_gpu(num_gpus: int) -> int:
     return max(1, min(MAX_JOBS, (os.cpu_count() or 1) // num_gpus))
-
-
-def _part_of(scan: Scan, num_parts: int) -> int:
-    """1 to ``num_parts``: which part does it; depends on the scan alone, not on what else there is."""
-    digest = hashlib.sha256(scan.scan_id.encode()).digest()
-    return 1 + int.from_bytes(digest[:8], "little") % num_parts
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from braindino.downstream.loading import load_ahead
 from braindino.encoders.catalogue import load_volume_encoder
 from braindino.encoders.contract import Prepared, VolumeEncoder
 from braindino.encoders.slice_encoder import BATCH_SIZE, SliceEncoder
@@ -99,7 +100,8 @@ def encode_scans(encoder: VolumeEncoder, scans: Sequence[Scan], work: Work) -> I
         ThreadPoolExecutor(1) as writer,
     ):
         try:
-            loading = _load_ahead(loaders, scans, work, encoder, depth=work.jobs + size)
+            ahead = load_ahead(loaders, lambda scan: _load(scan, work, encoder), scans, depth=work.jobs + size)
+            loading = (_loaded(*each) for each in ahead)
             while group := _take(loading, size):
                 usable = [(scan, loaded) for scan, loaded in group if isinstance(loaded, Prepared)]
                 yield from (_quarantine(scan, error) for scan, error in group if isinstance(error, Exception))
@@ -212,21 +214,6 @@ def _load(scan: Scan, work: Work, encoder: VolumeEncoder) -> Prepared:
         # From pinned memory the copy to the GPU goes on beside its work.
         prepared = replace(prepared, data=prepared.data.pin_memory())
     return prepared
-
-
-def _load_ahead(
-    pool: ThreadPoolExecutor, scans: Sequence[Scan], work: Work, encoder: VolumeEncoder, *, depth: int
-) -> Iterator[tuple[Scan, Prepared | Exception]]:
-    """Yield the scans in order with their input or what was wrong with them, always with ``depth`` more under way:
-    memory stays bounded.
-    """
-    waiting: deque[tuple[Scan, Future[Prepared]]] = deque()
-    for scan in scans:
-        waiting.append((scan, pool.submit(_load, scan, work, encoder)))
-        if len(waiting) > depth:
-            yield _loaded(*waiting.popleft())
-    while waiting:
-        yield _loaded(*waiting.popleft())
 
 
 def _loaded(scan: Scan, future: "Future[Prepared]") -> tuple[Scan, Prepared | Exception]:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from braindino.atomic import replace_file
+from braindino.atomic import plain, replace_file
 from braindino.downstream.cases import Cases
 from braindino.downstream.heads import JointHead, check_joint
 from braindino.downstream.protocols import Job
@@ -197,7 +197,7 @@ class FineTuner:
 
     def differs_from(self, about: Mapping[str, Any]) -> list[str]:
         """What decides the results and is not as ``about`` of another run tells."""
-        ours = json.loads(json.dumps(self.about))
+        ours = plain(self.about)
         return [name for name in _DECISIVE if ours[name] != about[name]]
 
     def train(self, jobs: Sequence[Job], *, keep_in: Path | None, say: Callable[[str], None] = print) -> np.ndarray:
@@ -213,7 +213,7 @@ class FineTuner:
             ValueError: a loss is not finite (names the scans), a scan can no longer be used, or a pass does not fit
                 into the GPU.
         """
-        outputs = np.full((len(jobs), len(self._cases), self._num_outputs), np.nan, dtype=np.float32)
+        outputs = np.full((len(jobs), len(self._cases), self._task.target.num_outputs), np.nan, dtype=np.float32)
         waiting = []
         for number, job in enumerate(jobs):
             kept = None if keep_in is None else self._read(keep_in, job)
@@ -237,10 +237,6 @@ class FineTuner:
                 "memory, the others prepared at every use; --finetuning.memory, in GB, makes more room"
             )
         return outputs
-
-    @property
-    def _num_outputs(self) -> int:
-        return len(self._task.target.classes) or 1
 
     def _told(self) -> str:
         """In words, how it is trained."""
@@ -271,7 +267,7 @@ class FineTuner:
                 rows=job.train,
                 seed=job.seed,
                 num_features=self._encoder.dim if self._pool != "patches" else self._patch_width(job),
-                num_outputs=self._num_outputs,
+                num_outputs=self._task.target.num_outputs,
                 head=self._task.head,
                 training=self._training,
                 device=self._device,

@@ -203,7 +203,6 @@ def check_joint(head: Head, training: Training) -> None:
 class JointHead:
     """A head of ``train_heads`` for features that are trained with it: the same start, batches, loss and outputs, and
     the gradient goes on to the features.
-
     """
 
     def __init__(

@@ -19,9 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.task:
             task = load_task(arguments.task)
             check_metrics(task)
-            print(
-                yaml.safe_dump(_without_tuples(as_plain(task)), sort_keys=False, allow_unicode=True, width=110), end=""
-            )
+            print(yaml.safe_dump(as_plain(task), sort_keys=False, allow_unicode=True, width=110), end="")
         else:
             print(_overview())
     except (ValueError, OSError) as error:
@@ -44,13 +42,6 @@ def _overview() -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
-
-
-def _without_tuples(value: object) -> object:
-    """YAML has lists."""
-    if isinstance(value, dict):
-        return {key: _without_tuples(each) for key, each in value.items()}
-    return [_without_tuples(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 if __name__ == "__main__":

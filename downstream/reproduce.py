@@ -78,7 +78,6 @@ def reproduce(config: ReproduceConfig) -> list[str]:
         {tuner.name: tuner.train(jobs, keep_in=None) for tuner in _open_tuners(config, run, task, cases, tables)},
         permutations=run["settings"]["permutations"],
         device=choose_device(config.device),
-        say=print,
     )
     different = [
         line

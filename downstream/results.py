@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from braindino.atomic import write_json, write_text
+from braindino.atomic import plain, write_json, write_text
 from braindino.downstream.cases import Cases
 from braindino.downstream.intervals import Estimate
 from braindino.downstream.protocols import Job, Split
@@ -128,9 +128,9 @@ def write_run(
     """
     units = cases.ids if by_scan else cases.subjects
     decisive = {
-        "task": json.loads(json.dumps(as_plain(task))),
-        "settings": json.loads(json.dumps(dict(settings))),
-        "encoders": json.loads(json.dumps({name: dict(encoder) for name, encoder in encoders.items()})),
+        "task": as_plain(task),
+        "settings": plain(dict(settings)),
+        "encoders": plain({name: dict(encoder) for name, encoder in encoders.items()}),
         "cases_sha256": hash_cases(cases),
         "divided_by": "scan" if by_scan else "subject",
     }
@@ -272,7 +272,7 @@ def summary_rows(
     data = data_note(cases.all_scans)
     rows = []
     for encoder, scores in results.scores.items():
-        notes = {trial.clinical_note for trial in results.trials[encoder] if trial.clinical_note}
+        notes = {trial.beside.clinical_note for trial in results.trials[encoder] if trial.beside.clinical_note}
         for score in scores:
             told = list(warnings)
             if score.num_far_outside:
@@ -450,7 +450,7 @@ def _predictions(task: Task, cases: Cases, trials: Sequence[Trial]) -> str:
         + (("above_cut",) if task.target.kind == "survival" else ())
     )
     for trial in trials:
-        prediction, clinical = trial.prediction, trial.clinical
+        prediction, clinical = trial.prediction, trial.beside.clinical
         shown = prediction.targets.reshape(len(prediction.rows), -1)
         for index, row in enumerate(prediction.rows):
             cells: list[object] = [trial.job.split, trial.job.seed, f"{trial.job.ratio:g}", trial.variant]
@@ -458,7 +458,7 @@ def _predictions(task: Task, cases: Cases, trials: Sequence[Trial]) -> str:
             cells.append(_predicted_text(task, prediction.predicted[index]))
             if prediction.probabilities is not None:
                 cells += [f"{p:.9g}" for p in prediction.probabilities[index]]
-            cells.append(_predicted_text(task, trial.baseline.predicted[index]))
+            cells.append(_predicted_text(task, trial.beside.trivial.predicted[index]))
             cells.append("" if clinical is None else _predicted_text(task, clinical.predicted[index]))
             if task.target.kind == "survival":
                 cells.append(f"{prediction.predicted[index] - trial.risk_cut:.9g}")

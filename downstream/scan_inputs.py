@@ -2,7 +2,6 @@
 is room, so that an optimiser step does not wait for a scan to be read, cropped and resized."""
 
 import hashlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from braindino.downstream.loading import load_ahead
 from braindino.encoders.contract import VolumeEncoder
 from braindino.file_digest import file_digest
 from braindino.manifest import Scan, load_brain, mask_path, read_scans
@@ -72,14 +72,9 @@ class ScanInputs:
             yield from ((scan, self._kept[scan.scan_id]) for scan in scans)
             return
         with ThreadPoolExecutor(self._jobs) as pool:
-            waiting: deque[tuple[Scan, Future[Tensor]]] = deque()
             try:
-                for scan in scans:
-                    waiting.append((scan, pool.submit(self._load, scan)))
-                    if len(waiting) > self._jobs:
-                        yield self._taken(*waiting.popleft())
-                while waiting:
-                    yield self._taken(*waiting.popleft())
+                for scan, data in load_ahead(pool, self._load, scans, depth=self._jobs):
+                    yield self._taken(scan, data)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 

@@ -17,6 +17,7 @@ from braindino.downstream.strata import assign_strata, strata_of_bins
 from braindino.downstream.survival import RiskGroups, compare_risk_groups
 from braindino.downstream.task_table import Task
 from braindino.downstream.trials import Prediction, Trial
+from braindino.label_table import number_of
 from braindino.resampling import holm
 
 
@@ -169,32 +170,41 @@ def check_metrics(task: Task) -> None:
             )
 
 
-def score_encoder(task: Task, cases: Cases, trials: Sequence[Trial]) -> list[Score]:
-    """Every metric of the task in every cell.
+def score_encoders(task: Task, cases: Cases, trials_of: Mapping[str, Sequence[Trial]]) -> dict[str, list[Score]]:
+    """Encoder -> every metric of the task in every cell.
 
     With one test set the value is the mean over seeds and the interval resamples its subjects (one subject however
     often it is predicted); with several it is the mean over splits with Student's t interval over them.
     """
-    scores = []
-    for cell, of_cell in by_cell(trials).items():
-        clinical = [t.clinical for t in of_cell if t.clinical is not None]
-        for name in task.metrics:
-            # The paper's interval of the kNN accuracy keeps the counts of the classes (sec. 4.7).
-            estimate = _Estimator(cases, METRICS[name], [t.job.split for t in of_cell], by_class=task.knn is not None)
-            scores.append(
-                Score(
-                    cell,
-                    name,
-                    estimate([trial.prediction for trial in of_cell]),
-                    estimate([trial.baseline for trial in of_cell]),
-                    # Nearest neighbours' metrics are of classes, which clinical predictions have as well.
-                    estimate(clinical) if len(clinical) == len(of_cell) else None,
-                    of_cell[0].job.num_train_units,
-                    len({trial.job.seed for trial in of_cell}),
-                    len({trial.job.split for trial in of_cell}),
-                    sum(trial.num_far_outside for trial in of_cell),
+    # The references are the same for all encoders and, of nearest neighbours, for every k.
+    known: dict[tuple[float, str], tuple[Estimate, Estimate | None]] = {}
+    scores: dict[str, list[Score]] = {}
+    for encoder, trials in trials_of.items():
+        scores[encoder] = []
+        for cell, of_cell in by_cell(trials).items():
+            for name in task.metrics:
+                # The paper's interval of the kNN accuracy keeps the counts of the classes (sec. 4.7).
+                estimate = _Estimator(
+                    cases, METRICS[name], [t.job.split for t in of_cell], by_class=task.knn is not None
                 )
-            )
+                if (cell.ratio, name) not in known:
+                    clinical = [t.beside.clinical for t in of_cell if t.beside.clinical is not None]
+                    known[cell.ratio, name] = (
+                        estimate([trial.beside.trivial for trial in of_cell]),
+                        estimate(clinical) if len(clinical) == len(of_cell) else None,
+                    )
+                scores[encoder].append(
+                    Score(
+                        cell,
+                        name,
+                        estimate([trial.prediction for trial in of_cell]),
+                        *known[cell.ratio, name],
+                        of_cell[0].job.num_train_units,
+                        len({trial.job.seed for trial in of_cell}),
+                        len({trial.job.split for trial in of_cell}),
+                        sum(trial.num_far_outside for trial in of_cell),
+                    )
+                )
     return scores
 
 
@@ -229,7 +239,7 @@ def score_strata(
     classes and survival, sign-flip on absolute errors for numbers, Holm within the group (paper sec. 4.7)."""
     if task.strata is None or task.strata.column[0] not in cases.facts:
         return [], []
-    values = [_as_number(text) for text in cases.facts[task.strata.column[0]]]
+    values = [number_of(text) for text in cases.facts[task.strata.column[0]]]
     groups = assign_strata(values, strata_of_bins(task.strata.bins)).rows
     name = task.metrics[0]
     scores: list[StratumScore] = []
@@ -273,13 +283,13 @@ def score_survival(task: Task, cases: Cases, trials_of: Mapping[str, Sequence[Tr
     return found
 
 
-def score_permutations(task: Task, observed: Trial, permuted: Sequence[Trial]) -> LabelPermutation:
+def score_permutations(task: Task, observed: Prediction, permuted: Sequence[Prediction]) -> LabelPermutation:
     """The first metric under true and under permuted training labels."""
     name = task.metrics[0]
 
     return label_permutation(
-        _value(METRICS[name], observed.prediction),
-        [_value(METRICS[name], trial.prediction) for trial in permuted],
+        _value(METRICS[name], observed),
+        [_value(METRICS[name], prediction) for prediction in permuted],
         what=name,
         higher_is_better=METRICS[name].higher_is_better,
     )
@@ -291,6 +301,11 @@ def by_cell(trials: Iterable[Trial]) -> dict[Cell, list[Trial]]:
     for trial in trials:
         cells[Cell(trial.job.ratio, trial.variant)].append(trial)
     return dict(cells)
+
+
+def subjects_of(cases: Cases, predictions: Iterable[Prediction]) -> np.ndarray:
+    """Subject of every predicted case, one prediction after another."""
+    return np.concatenate([np.array(cases.subjects)[prediction.rows] for prediction in predictions])
 
 
 class _Estimator:
@@ -324,7 +339,7 @@ def _pooled(
 ) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
     """The mean of a metric over predictions as one statistic, and the subject of each of its cases. A subject that
     several predictions are about is drawn for all of them at once."""
-    subjects = np.concatenate([np.array(cases.subjects)[prediction.rows] for prediction in predictions])
+    subjects = subjects_of(cases, predictions)
     borders = np.cumsum([len(prediction.rows) for prediction in predictions])[:-1]
 
     def statistic(weights: np.ndarray) -> np.ndarray:
@@ -371,7 +386,7 @@ def _compare_pooled(
     name = task.metrics[0]
     if task.target.kind == "number":
         one, other = (np.concatenate([np.abs(p.predicted - p.targets) for p in each]) for each in (first, second))
-        subjects = np.concatenate([np.array(cases.subjects)[p.rows] for p in first])
+        subjects = subjects_of(cases, first)
         test = comparisons.sign_flip if flip else comparisons.paired_t
         return test(one, other, subjects, what="absolute error")
     statistic, subjects = _pooled(cases, metric, first)
@@ -395,10 +410,3 @@ def _restricted(trials: Sequence[Trial], rows: np.ndarray) -> list[Prediction]:
                 )
             )
     return kept
-
-
-def _as_number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return np.nan

@@ -1,6 +1,6 @@
 """A task on all its encoders: every trial, and every number made of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +17,14 @@ from braindino.downstream.scoring import (
     Survival,
     by_cell,
     compare_encoders,
-    score_encoder,
+    score_encoders,
     score_permutations,
     score_strata,
     score_survival,
+    subjects_of,
 )
 from braindino.downstream.task_table import Task
-from braindino.downstream.trials import Trial, permuted_trials, run_trials, trials_of
+from braindino.downstream.trials import Trial, permuted_predictions, references_of, run_trials, trials_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ def run_sweep(
     *,
     permutations: int,
     device: torch.device,
-    say: Callable[[str], None],
 ) -> Results:
     """Train, predict and score.
 
@@ -70,25 +70,24 @@ def run_sweep(
         outputs_of: encoder that was trained itself -> (jobs, n, K) outputs of its heads.
         permutations: trainings on permuted labels, per encoder of features.
         device: where heads are trained.
-        say: takes a line about what was done.
     """
+    references = references_of(task, cases, jobs)
     trials: dict[str, list[Trial]] = {}
     tested: dict[str, LabelPermutation] = {}
     for encoder, features in features_of.items():
-        trials[encoder] = run_trials(task, features, cases, jobs, device=device)
-        say(f"{encoder}: {len(trials[encoder])} trials")
+        trials[encoder] = run_trials(task, features, cases, jobs, references, device=device)
+        print(f"{encoder}: {len(trials[encoder])} trials")
         if permutations:
             # All training subjects of the first split and seed, and the smallest neighbourhood.
             fullest = max(trials[encoder], key=lambda trial: trial.job.ratio)
-            dealt = permuted_trials(task, features, cases, fullest.job, count=permutations, device=device)
-            same = [trial for trial in dealt if trial.variant == fullest.variant]
-            tested[encoder] = score_permutations(task, fullest, same)
+            dealt = permuted_predictions(task, features, cases, fullest, count=permutations, device=device)
+            tested[encoder] = score_permutations(task, fullest.prediction, dealt)
     for encoder, outputs in outputs_of.items():
-        trials[encoder] = trials_of(task, outputs, cases, jobs)
+        trials[encoder] = trials_of(task, outputs, cases, jobs, references)
     strata, within = score_strata(task, cases, trials)
     return Results(
         trials=trials,
-        scores={encoder: score_encoder(task, cases, of_encoder) for encoder, of_encoder in trials.items()},
+        scores=score_encoders(task, cases, trials),
         differences=[*compare_encoders(task, cases, trials), *within],
         strata=strata,
         survival=score_survival(task, cases, trials),
@@ -105,7 +104,7 @@ def calibrate(task: Task, cases: Cases, trials: Sequence[Trial]) -> Calibration 
     """Calibration over the trials with the most labels; None for what has none: several classes, risks, neighbours."""
     cells = by_cell(trials)
     predictions = [trial.prediction for trial in cells[max(cells)]]
-    subjects = np.concatenate([np.array(cases.subjects)[prediction.rows] for prediction in predictions])
+    subjects = subjects_of(cases, predictions)
     targets = np.concatenate([prediction.targets for prediction in predictions])
     if task.target.kind == "number":
         return calibrate_values(targets, np.concatenate([p.predicted for p in predictions]), subjects)

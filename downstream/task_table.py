@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from braindino.atomic import plain
 from braindino.downstream.heads import Head, Training
 from braindino.manifest import SEQUENCES
 
@@ -87,6 +88,11 @@ class Target:
             raise ValueError(f"target.event: found {self.event} for kind {self.kind}; survival has one, others none")
         if not self.column:
             raise ValueError("target.column: found none; expected the name of a column of the label tables")
+
+    @property
+    def num_outputs(self) -> int:
+        """Of a head: one for each class, else one."""
+        return len(self.classes) or 1
 
     @property
     def is_sequence(self) -> bool:
@@ -211,7 +217,8 @@ def task_from(content: Mapping[str, Any]) -> Task:
 
 def as_plain(task: Task) -> dict[str, Any]:
     """A task as values that JSON can hold; ``task_from`` reads them back."""
-    return asdict(task)
+    content: dict[str, Any] = plain(asdict(task))
+    return content
 
 
 def _path_of(name: str) -> Path:

@@ -13,7 +13,7 @@ from braindino.downstream.heads import train_heads
 from braindino.downstream.knn import knn_predict
 from braindino.downstream.protocols import Job
 from braindino.downstream.survival import risk_cut
-from braindino.downstream.task_table import Knn, Task
+from braindino.downstream.task_table import Task
 from braindino.feature_table import FeatureTable
 
 FAR_OUTSIDE = 0.5
@@ -37,6 +37,21 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class References:
+    """What stands beside every encoder on one job.
+
+    Attributes:
+        trivial: what the training targets alone say of the test cases: the majority class, the mean, or nothing.
+        clinical: what clinical facts alone say of them; None where the task has none, or they say nothing.
+        clinical_note: why not, in the second case.
+    """
+
+    trivial: Prediction
+    clinical: Prediction | None
+    clinical_note: str
+
+
+@dataclass(frozen=True)
 class Trial:
     """One head, or one k, on one job.
 
@@ -44,10 +59,8 @@ class Trial:
         job: who trained and who was tested on.
         variant: ``k=5`` for nearest neighbours, empty otherwise.
         prediction: of the test cases.
-        baseline: what the trivial predictor says of them: the majority class, the mean, or nothing, of the same
-            training cases.
-        clinical: what clinical facts alone say of them; None where the task has none, or they say nothing.
-        clinical_note: why not, in the second case.
+        beside: what else is said of them.
+        k: of nearest neighbours; 0 otherwise.
         risk_cut: median risk of the training cases, for survival.
         num_far_outside: predicted values beyond the training range by more than half its width.
     """
@@ -55,9 +68,8 @@ class Trial:
     job: Job
     variant: str
     prediction: Prediction
-    baseline: Prediction
-    clinical: Prediction | None
-    clinical_note: str = ""
+    beside: References
+    k: int = 0
     risk_cut: float = 0.0
     num_far_outside: int = 0
 
@@ -85,8 +97,19 @@ def case_features(task: Task, cases: Cases, table: FeatureTable) -> np.ndarray:
     return fused / counts.reshape(-1, *[1] * (features.ndim - 1))
 
 
+def references_of(task: Task, cases: Cases, jobs: Sequence[Job]) -> list[References]:
+    """What stands beside every encoder, job by job."""
+    return [References(trivial(task, cases, job), *predict_clinically(task, cases, job)) for job in jobs]
+
+
 def run_trials(
-    task: Task, features: np.ndarray, cases: Cases, jobs: Sequence[Job], *, device: torch.device
+    task: Task,
+    features: np.ndarray,
+    cases: Cases,
+    jobs: Sequence[Job],
+    references: Sequence[References],
+    *,
+    device: torch.device,
 ) -> list[Trial]:
     """A trial for every job and (for nearest neighbours) every k that fits each memory bank of its ratio.
 
@@ -95,14 +118,17 @@ def run_trials(
         features: (n, D) or (n, S, D) float32, a row per case.
         cases: n cases.
         jobs: what to train.
+        references: of each job.
         device: where heads are trained.
     """
     if task.knn is not None:
-        return _knn_trials(task, task.knn, features, cases, jobs)
-    return trials_of(task, _train(task, features, cases.targets, jobs, device=device), cases, jobs)
+        return _knn_trials(task, features, cases, jobs, references)
+    return trials_of(task, _train(task, features, cases.targets, jobs, device=device), cases, jobs, references)
 
 
-def trials_of(task: Task, outputs: np.ndarray, cases: Cases, jobs: Sequence[Job]) -> list[Trial]:
+def trials_of(
+    task: Task, outputs: np.ndarray, cases: Cases, jobs: Sequence[Job], references: Sequence[References]
+) -> list[Trial]:
     """A trial for every job.
 
     Args:
@@ -110,11 +136,12 @@ def trials_of(task: Task, outputs: np.ndarray, cases: Cases, jobs: Sequence[Job]
         outputs: (jobs, n, K) of the job's head for every case; those that it neither trained on nor tests are not read.
         cases: n cases.
         jobs: what was trained.
+        references: of each job.
     """
     trials = []
-    for job, output in zip(jobs, outputs, strict=True):
+    for job, output, beside in zip(jobs, outputs, references, strict=True):
         prediction = _prediction(task, cases, job, output[job.test])
-        trial = Trial(job, "", prediction, trivial(task, cases, job), *predict_clinically(task, cases, job))
+        trial = Trial(job, "", prediction, beside)
         if task.target.kind == "survival":
             trial = replace(trial, risk_cut=risk_cut(output[job.train, 0]))
         elif task.target.kind == "number":
@@ -123,30 +150,27 @@ def trials_of(task: Task, outputs: np.ndarray, cases: Cases, jobs: Sequence[Job]
     return trials
 
 
-def permuted_trials(
-    task: Task, features: np.ndarray, cases: Cases, job: Job, *, count: int, device: torch.device
-) -> list[Trial]:
-    """The job's head trained ``count`` times on labels that were dealt anew among its training cases.
+def permuted_predictions(
+    task: Task, features: np.ndarray, cases: Cases, trial: Trial, *, count: int, device: torch.device
+) -> list[Prediction]:
+    """What the trial's head, or its k, says after training ``count`` times on labels that were dealt anew among the
+    training cases.
 
     Where every subject has one and the same label, whole subjects are dealt, so that a permuted label is as constant
     within a subject as the real one.
     """
-    trials = []
+    job, predictions = trial.job, []
     for number in range(count):
         rng = np.random.default_rng([job.seed, number])
         targets = cases.targets.copy()
         targets[job.train] = targets[job.train][_deal(rng, cases, job.train)]
-        if task.knn is not None:
-            shuffled = replace(cases, targets=targets)
-            made = _knn_trials(task, task.knn, features, shuffled, [job])
-            trials += [
-                replace(trial, prediction=replace(trial.prediction, targets=cases.targets[job.test])) for trial in made
-            ]
+        if trial.k:
+            (predicted,) = _neighbours(task, features, targets, job, [trial.k]).values()
+            predictions.append(Prediction(job.test, cases.targets[job.test], predicted))
         else:
             (output,) = _train(task, features, targets, [job], device=device)
-            prediction = _prediction(task, cases, job, output[job.test])
-            trials.append(Trial(job, "", prediction, trivial(task, cases, job), None))
-    return trials
+            predictions.append(_prediction(task, cases, job, output[job.test]))
+    return predictions
 
 
 def trivial(task: Task, cases: Cases, job: Job) -> Prediction:
@@ -195,7 +219,7 @@ def _train(
         targets,
         subsets=[job.train for job in jobs],
         seeds=[job.seed for job in jobs],
-        num_outputs=len(task.target.classes) or 1,
+        num_outputs=task.target.num_outputs,
         head=task.head,
         training=task.training,
         device=device,
@@ -209,26 +233,33 @@ def _prediction(task: Task, cases: Cases, job: Job, output: np.ndarray) -> Predi
     return Prediction(job.test, targets, output[:, 0])
 
 
-def _knn_trials(task: Task, knn: Knn, features: np.ndarray, cases: Cases, jobs: Sequence[Job]) -> list[Trial]:
+def _knn_trials(
+    task: Task, features: np.ndarray, cases: Cases, jobs: Sequence[Job], references: Sequence[References]
+) -> list[Trial]:
+    assert task.knn is not None
     smallest: dict[float, int] = {}
     for job in jobs:
         smallest[job.ratio] = min(len(job.train), smallest.get(job.ratio, len(job.train)))
-    trials = []
-    for job in jobs:
-        by_k = knn_predict(
-            features[job.train],
-            cases.targets[job.train],
-            features[job.test],
-            neighbours=[k for k in knn.neighbours if k <= smallest[job.ratio]],
-            num_classes=len(task.target.classes),
-        )
-        baseline, clinical = trivial(task, cases, job), predict_clinically(task, cases, job)
-        targets = cases.targets[job.test]
-        trials += [
-            Trial(job, f"k={k}", Prediction(job.test, targets, predicted), baseline, *clinical)
-            for k, predicted in by_k.items()
-        ]
-    return trials
+    return [
+        Trial(job, f"k={k}", Prediction(job.test, cases.targets[job.test], predicted), beside, k=k)
+        for job, beside in zip(jobs, references, strict=True)
+        for k, predicted in _neighbours(
+            task, features, cases.targets, job, [k for k in task.knn.neighbours if k <= smallest[job.ratio]]
+        ).items()
+    ]
+
+
+def _neighbours(
+    task: Task, features: np.ndarray, targets: np.ndarray, job: Job, neighbours: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """k -> classes of the job's test cases."""
+    return knn_predict(
+        features[job.train],
+        targets[job.train],
+        features[job.test],
+        neighbours=neighbours,
+        num_classes=len(task.target.classes),
+    )
 
 
 def _deal(rng: np.random.Generator, cases: Cases, train: np.ndarray) -> np.ndarray:

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from braindino.parts import check_part
+
 SkullStripName = Literal["hd-bet", "hd-bet-offline", "none"]
 
 
@@ -69,10 +71,7 @@ class PrepareOptions:
             raise ValueError(f"--jobs: found {self.jobs}; expected 0 or more")
         if self.probe < 0:
             raise ValueError(f"--probe: found {self.probe}; expected 0 or more")
-        if (self.part is None) != (self.of is None):
-            raise ValueError("--part I and --of N belong together")
-        if self.part is not None and self.of is not None and not 1 <= self.part <= self.of:
-            raise ValueError(f"--part {self.part} --of {self.of}: expected a part from 1 to {self.of}")
+        check_part(self.part, self.of)
         if self.scheduler and self.part is not None:
             raise ValueError("--scheduler and --part both divide the work; give one of them")
         self.compiled_subject_pattern()

@@ -1,6 +1,5 @@
 """Prepare raw scans: ``python preprocessing/prepare.py SOURCE... --out DIR --skull-strip TOOL --jobs N``."""
 
-import hashlib
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ import tyro
 
 from braindino.lock import lock_folder
 from braindino.manifest import Scan
+from braindino.parts import part_of
 from braindino.preprocessing.cases import Case, CaseFolder, input_path, remove_case, write_case
 from braindino.preprocessing.cohort_table import load_cohort
 from braindino.preprocessing.dask_engine import run_on_dask
@@ -58,7 +58,9 @@ def prepare(options: PrepareOptions) -> int:
     settings = preparers[0].settings
     part = f"part-{options.part}-of-{options.of}" if options.part is not None else ""
     if part:
-        candidates = [candidate for candidate in candidates if _part_of(candidate, options.of or 1) == options.part]
+        candidates = [
+            candidate for candidate in candidates if part_of(candidate.scan.scan_id, options.of or 1) == options.part
+        ]
     with lock_folder(options.out, part=part):
         if not part:
             _remove_leftovers(options.out)
@@ -172,12 +174,6 @@ def _num_gpus(options: PrepareOptions) -> int:
 def _read_accepted(path: Path) -> frozenset[str]:
     lines = (line.split("#", 1)[0].split() for line in path.read_text(encoding="utf-8").splitlines())
     return frozenset(words[0] for words in lines if words)
-
-
-def _part_of(candidate: Candidate, num_parts: int) -> int:
-    """1 to ``num_parts``: which part does it; depends on the input alone, not on what else there is."""
-    digest = hashlib.sha256(candidate.scan.scan_id.encode()).digest()
-    return 1 + int.from_bytes(digest[:8], "little") % num_parts
 
 
 def _work(

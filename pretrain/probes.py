@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from braindino.label_table import Label, labels_of, read_labels
+from braindino.label_table import Label, labels_of, number_of, read_labels
 from braindino.manifest import UNKNOWN_SEQUENCE, Scan
 from braindino.pretrain.randomness import numpy_generator
 from braindino.slice_store import SliceStore
@@ -228,7 +228,7 @@ def _question(name: str, labels: Sequence[Label | None], is_asked: Tensor) -> Qu
     known = torch.tensor([label is not None for label in labels])
     texts = [label.text for label in labels if label is not None]
     values = sorted(set(texts))
-    if len(values) > MAX_NUMERIC_CLASSES and all(_is_number(value) for value in values):
+    if len(values) > MAX_NUMERIC_CLASSES and np.isfinite([number_of(value) for value in values]).all():
         answers, kind = torch.tensor([float(label.text) if label else 0.0 for label in labels]), "mae"
     else:
         answers, kind = torch.tensor([values.index(label.text) if label else 0 for label in labels]), "knn"
@@ -244,13 +244,6 @@ def _floor(question: Question) -> float:
     if memory.is_floating_point():
         return float((truth - memory.median()).abs().mean())
     return float((truth == torch.bincount(memory).argmax()).float().mean())
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return bool(np.isfinite(float(text)))
-    except ValueError:
-        return False
 
 
 def _choose(store: SliceStore, usable: np.ndarray, scan_ids: set[str], num_slices: int, seed: int) -> list[int]:

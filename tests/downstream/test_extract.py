@@ -11,7 +11,7 @@ import torch
 
 from braindino.downstream import extraction
 from braindino.downstream.config import ExtractConfig
-from braindino.downstream.extract import _part_of, main
+from braindino.downstream.extract import main
 from braindino.downstream.extraction import Work, encode_on, table_meta
 from braindino.encoders.bm_mae import BMMAE
 from braindino.encoders.catalogue import draw_weights, load_volume_encoder
@@ -20,6 +20,7 @@ from braindino.encoders.volume_transformer import BMMAETransformer
 from braindino.feature_table import FeatureTable, FeatureTableWriter
 from braindino.leakage import Exposure, exposure_of_encoder, write_exposure
 from braindino.manifest import Scan, load_brain, mask_path, read_scans, write_scans
+from braindino.parts import part_of
 from braindino.slices import axial_slices, uniform_indices
 from braindino.transforms import standardize
 from braindino.vision_transformer import VisionTransformer
@@ -29,12 +30,7 @@ from braindino.weights import load_encoder, save_encoder
 SEQUENCES = ("T1", "FLAIR", "T1c", "T2", "unknown")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_cohort(folder, sequences):
@@ -260,7 +256,7 @@ def test_parts_make_what_one_run_makes(five, tmp_path, capsys):
 
 def test_every_scan_falls_to_one_part():
     scans = [Scan(f"/data/s{number}.nii.gz", "c", f"s{number}") for number in range(300)]
-    counts = np.bincount([_part_of(scan, 3) for scan in scans], minlength=4)
+    counts = np.bincount([part_of(scan.scan_id, 3) for scan in scans], minlength=4)
     assert counts[0] == 0 and counts[1:].min() > 70 and counts.sum() == 300
 
 

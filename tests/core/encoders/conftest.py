@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from braindino.encoders.bm_mae import BMMAE
 from braindino.encoders.brainiac import BrainIAC
@@ -98,8 +97,5 @@ def bright_volume():
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """In every test here."""
