@@ -135,14 +135,18 @@ def write_run(
         "divided_by": "scan" if by_scan else "subject",
     }
     path = folder / "run.json"
-    if path.exists() and not replace:
+    if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [key for key, value in decisive.items() if before.get(key) != value]
-        if changed:
+        if changed and not replace:
             raise ValueError(
                 f"{folder}: holds results of other {', '.join(changed)}; choose another --out, or give --replace to "
                 "lose them"
             )
+        if changed:
+            # Stopped from here on, the folder must not show the old numbers as those of the new settings.
+            for old in (*folder.glob("*.tsv"), *folder.glob("*/predictions.csv")):
+                old.unlink()
     columns = ("time", "event") if task.target.kind == "survival" else ("target",)
     shown = cases.targets.reshape(len(cases), -1)
     write_table(

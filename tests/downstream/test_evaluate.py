@@ -256,6 +256,19 @@ def test_results_of_other_settings_are_not_replaced_unasked(cohort, capsys):
     assert run(cohort, "sequence", "--ratios", 1.0, "--seeds", 1, "--replace", encoders=["good"]) == 0
 
 
+def test_a_replacement_that_is_stopped_leaves_no_numbers_of_other_settings(cohort, monkeypatch):
+    assert run(cohort, "sequence", "--ratios", 1.0, "--seeds", 0) == 0
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "run_sweep", stop)
+    assert run(cohort, "sequence", "--ratios", 1.0, "--seeds", 1, "--replace", encoders=["good"]) == 130
+    folder = cohort / "eval" / "sequence"
+    assert json.loads((folder / "run.json").read_text())["settings"]["seeds"] == [1]
+    assert not (folder / "summary.tsv").exists() and not list(folder.glob("*/predictions.csv"))
+
+
 def test_a_task_of_ones_own_is_a_yaml_file(cohort):
     path = cohort / "old.yaml"
     path.write_text(
