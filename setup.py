@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-ROOMS = ("preprocessing", "pretrain", "downstream", "simulation", "report")
+ROOMS = ("preprocessing", "pretrain", "downstream", "simulation", "report", "viewer")
 CORE_PACKAGES = ("braindino", "braindino.encoders", "nnunet_braindino")
 
 # Read by Python at start-up (the second from 3.15 on, where it replaces the first) so that nnU-Net finds our trainers.
@@ -52,6 +52,7 @@ setup(
         "braindino": ["crosswalks/*.tsv"],
         "braindino.preprocessing": ["cohorts/*.yaml"],
         "braindino.downstream": ["tasks/*.yaml"],
+        "braindino.viewer": ["page/*"],
         "nnunet_braindino": ["nnunet_trainers/*.py"],
     },
     cmdclass={"build_py": BuildWithStartupFiles},
@@ -92,6 +93,10 @@ setup(
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
+            "playwright",
+            "nbclient",
+            "nbformat",
+            "ipykernel",
             "ruff",
             "mypy",
             "transformers",

@@ -146,7 +146,7 @@ def train_heads(
     y = np.asarray(targets)
     seen = None if mask is None else np.asarray(mask, dtype=bool)
     subsets = [np.asarray(rows, dtype=np.int64) for rows in subsets]
-    _check(x, y, seen, subsets=subsets, seeds=seeds, num_outputs=num_outputs, head=head, training=training)
+    check_heads(x, y, mask=seen, subsets=subsets, seeds=seeds, num_outputs=num_outputs, head=head, training=training)
     if head.kind == "logistic":
         return _train_logistic(x, y, subsets=subsets, seeds=seeds, num_outputs=num_outputs, training=training)
 
@@ -184,6 +184,71 @@ def train_heads(
 
     _run_blocks(run, jobs, training, on_cpu=torch.device(device).type == "cpu")
     return _natural(outputs, training, shifts, scales)
+
+
+def check_heads(
+    features: np.ndarray,
+    targets: np.ndarray,
+    *,
+    subsets: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    num_outputs: int,
+    head: Head,
+    training: Training,
+    mask: np.ndarray | None = None,
+) -> None:
+    """Whether ``train_heads`` can train these heads; arguments as there.
+
+    Raises:
+        ValueError: as ``train_heads``.
+    """
+    x, y = features, targets
+    dims = 3 if head.kind == "attention" else 2
+    if x.ndim != dims:
+        form = "(n, S, D), a row per slice" if dims == 3 else "(n, D)"
+        raise ValueError(f"features of shape {x.shape} for a head of kind {head.kind}; expected {form}")
+    if head.kind == "logistic" and training.loss != "cross_entropy":
+        raise ValueError(
+            f"head of kind logistic with loss {training.loss}: logistic regression tells classes apart; expected "
+            "cross_entropy, or kind: linear"
+        )
+    if head.kind == "attention" and training.smote:
+        raise ValueError("training.smote with a head of kind attention: features of slices are not mixed; use mlp")
+    if mask is not None and (head.kind != "attention" or mask.shape != x.shape[:2]):
+        raise ValueError(
+            f"mask of shape {mask.shape} for features {x.shape} and a head of kind {head.kind}; expected (n, S) and "
+            "attention"
+        )
+    if mask is not None and not mask.any(axis=1).all():
+        raise ValueError(f"mask: row {int(np.flatnonzero(~mask.any(axis=1))[0])} has no slice; expected one or more")
+    there = x if mask is None else x[mask]
+    if not np.isfinite(there).all() or not np.isfinite(y).all():
+        raise ValueError("features or targets hold NaN or infinity; expected finite numbers; leave out such cases")
+    shape = (len(x), 2) if training.loss == "cox" else (len(x),)
+    if y.shape != shape:
+        raise ValueError(f"targets of shape {y.shape} for loss {training.loss}; expected {shape}")
+    if training.loss == "cross_entropy" and len(y) and (y.min() < 0 or y.max() >= num_outputs):
+        raise ValueError(f"class indices from {y.min()} to {y.max()}; expected 0 to {num_outputs - 1}")
+    if training.loss != "cross_entropy" and num_outputs != 1:
+        raise ValueError(f"num_outputs {num_outputs} for loss {training.loss}; expected 1")
+    if training.loss == "log_mixed" and y.min() < 0:
+        raise ValueError(f"loss log_mixed: the smallest target is {y.min():g}; expected 0 or more, for log(1 + y)")
+    if len(subsets) != len(seeds) or not len(seeds):
+        raise ValueError(f"{len(subsets)} subsets and {len(seeds)} seeds; expected as many of each, one or more")
+    for number, (rows, seed) in enumerate(zip(subsets, seeds, strict=True)):
+        whose = _whose(number, seed)
+        if not len(rows):
+            raise ValueError(f"{whose}: no training case; use a larger label ratio")
+        if training.loss == "cross_entropy" and len(np.unique(y[rows])) < 2:
+            raise ValueError(
+                f"{whose}: all {len(rows)} training cases are of class {y[rows][0]}; expected two classes or more; "
+                "use a larger label ratio"
+            )
+        if training.loss == "cox" and not y[rows, 1].any():
+            raise ValueError(
+                f"{whose}: no event among {len(rows)} training cases; nothing can be learnt of the hazard; use a "
+                "larger label ratio"
+            )
 
 
 def check_joint(head: Head, training: Training) -> None:
@@ -234,7 +299,7 @@ class JointHead:
         check_joint(head, training)
         shape = (len(targets), 1, num_features) if head.kind == "attention" else (len(targets), num_features)
         x = np.broadcast_to(np.float32(0), shape)
-        _check(x, targets, None, subsets=[rows], seeds=[seed], num_outputs=num_outputs, head=head, training=training)
+        check_heads(x, targets, subsets=[rows], seeds=[seed], num_outputs=num_outputs, head=head, training=training)
         self._head, self._training, self._device = head, training, device
         prepared, self._shifts, self._scales = _prepare_targets(targets, [rows], training)
         own = prepared[0][rows]
@@ -477,62 +542,3 @@ def _case_weights(classes: np.ndarray, num_classes: int, training: Training) -> 
 
 def _whose(number: int, seed: int) -> str:
     return f"head {number} (seed {seed})"
-
-
-def _check(
-    x: np.ndarray,
-    y: np.ndarray,
-    mask: np.ndarray | None,
-    *,
-    subsets: Sequence[np.ndarray],
-    seeds: Sequence[int],
-    num_outputs: int,
-    head: Head,
-    training: Training,
-) -> None:
-    dims = 3 if head.kind == "attention" else 2
-    if x.ndim != dims:
-        form = "(n, S, D), a row per slice" if dims == 3 else "(n, D)"
-        raise ValueError(f"features of shape {x.shape} for a head of kind {head.kind}; expected {form}")
-    if head.kind == "logistic" and training.loss != "cross_entropy":
-        raise ValueError(
-            f"head of kind logistic with loss {training.loss}: logistic regression tells classes apart; expected "
-            "cross_entropy, or kind: linear"
-        )
-    if head.kind == "attention" and training.smote:
-        raise ValueError("training.smote with a head of kind attention: features of slices are not mixed; use mlp")
-    if mask is not None and (head.kind != "attention" or mask.shape != x.shape[:2]):
-        raise ValueError(
-            f"mask of shape {mask.shape} for features {x.shape} and a head of kind {head.kind}; expected (n, S) and "
-            "attention"
-        )
-    if mask is not None and not mask.any(axis=1).all():
-        raise ValueError(f"mask: row {int(np.flatnonzero(~mask.any(axis=1))[0])} has no slice; expected one or more")
-    there = x if mask is None else x[mask]
-    if not np.isfinite(there).all() or not np.isfinite(y).all():
-        raise ValueError("features or targets hold NaN or infinity; expected finite numbers; leave out such cases")
-    shape = (len(x), 2) if training.loss == "cox" else (len(x),)
-    if y.shape != shape:
-        raise ValueError(f"targets of shape {y.shape} for loss {training.loss}; expected {shape}")
-    if training.loss == "cross_entropy" and len(y) and (y.min() < 0 or y.max() >= num_outputs):
-        raise ValueError(f"class indices from {y.min()} to {y.max()}; expected 0 to {num_outputs - 1}")
-    if training.loss != "cross_entropy" and num_outputs != 1:
-        raise ValueError(f"num_outputs {num_outputs} for loss {training.loss}; expected 1")
-    if training.loss == "log_mixed" and y.min() < 0:
-        raise ValueError(f"loss log_mixed: the smallest target is {y.min():g}; expected 0 or more, for log(1 + y)")
-    if len(subsets) != len(seeds) or not len(seeds):
-        raise ValueError(f"{len(subsets)} subsets and {len(seeds)} seeds; expected as many of each, one or more")
-    for number, (rows, seed) in enumerate(zip(subsets, seeds, strict=True)):
-        whose = _whose(number, seed)
-        if not len(rows):
-            raise ValueError(f"{whose}: no training case; use a larger label ratio")
-        if training.loss == "cross_entropy" and len(np.unique(y[rows])) < 2:
-            raise ValueError(
-                f"{whose}: all {len(rows)} training cases are of class {y[rows][0]}; expected two classes or more; "
-                "use a larger label ratio"
-            )
-        if training.loss == "cox" and not y[rows, 1].any():
-            raise ValueError(
-                f"{whose}: no event among {len(rows)} training cases; nothing can be learnt of the hazard; use a "
-                "larger label ratio"
-            )

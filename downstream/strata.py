@@ -27,8 +27,8 @@ class Assignment(NamedTuple):
     """Indices of the cases in none: their value is in no range, or not known."""
 
 
-def strata_of_bins(bins: Sequence[tuple[float, float]]) -> tuple[Stratum, ...]:
-    """The strata of bins in whole units: ``(55, 64)`` holds 55.0 to 64.99 and is called 55-64; ``(85, inf)`` is 85+.
+def strata_of_bins(bins: Sequence[tuple[float, float | None]]) -> tuple[Stratum, ...]:
+    """The strata of bins in whole units: ``(55, 64)`` holds 55.0 to 64.99 and is called 55-64; ``(85, None)`` is 85+.
 
     Args:
         bins: lowest and highest whole value of each.
@@ -39,11 +39,13 @@ def strata_of_bins(bins: Sequence[tuple[float, float]]) -> tuple[Stratum, ...]:
     if not bins:
         raise ValueError("strata: found no bins; expected at least one")
     strata = [
-        Stratum(f"{low:g}+" if np.isinf(high) else f"{low:g}-{high:g}", float(low), float(high) + 1)
+        Stratum(f"{low:g}+", float(low), np.inf)
+        if high is None
+        else Stratum(f"{low:g}-{high:g}", float(low), float(high) + 1)
         for low, high in bins
     ]
     for stratum, (low, high) in zip(strata, bins, strict=True):
-        if not low <= high:
+        if high is not None and not low <= high:
             raise ValueError(f"strata: bin {stratum.name} is empty; expected the lowest value first")
     for lower, upper in pairwise(strata):
         if upper.low < lower.end:

@@ -6,6 +6,7 @@ and an unknown key is an error.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -136,8 +137,9 @@ class Strata:
 
     column: tuple[str, ...]
     """Column of the label tables with a number, by the names it may have."""
-    bins: tuple[tuple[float, float], ...]
-    """Lowest and highest value of each group, in whole units: ``[55, 64]`` holds 55.0 to 64.99."""
+    bins: tuple[tuple[float, float | None], ...]
+    """Lowest and highest value of each group, in whole units: ``[55, 64]`` holds 55.0 to 64.99, ``[85, null]`` 85.0
+    and more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +312,8 @@ def _value(hint: Any, value: Any, place: str) -> Any:
         return float(value)
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:g}"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place}: found {value}; expected a finite number, or null where an end may be open")
     if type(value) is not hint:
         raise ValueError(f"{place}: found {value!r}; expected {hint.__name__}")
     return value

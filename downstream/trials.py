@@ -9,7 +9,7 @@ import torch
 
 from braindino.downstream.cases import Cases
 from braindino.downstream.clinical import predict_from_facts
-from braindino.downstream.heads import train_heads
+from braindino.downstream.head_pool import train_many_heads
 from braindino.downstream.knn import knn_predict
 from braindino.downstream.protocols import Job
 from braindino.downstream.survival import risk_cut
@@ -214,7 +214,7 @@ def _train(
     task: Task, features: np.ndarray, targets: np.ndarray, jobs: Sequence[Job], *, device: torch.device
 ) -> np.ndarray:
     """(jobs, n, K) outputs of all cases."""
-    return train_heads(
+    return train_many_heads(
         features,
         targets,
         subsets=[job.train for job in jobs],

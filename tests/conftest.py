@@ -1,7 +1,26 @@
 """What tests of several rooms need."""
 
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
 import pytest
 import torch
+from playwright.sync_api import Browser, Page, sync_playwright
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# No sandbox: Chromium refuses to start as root with one. SwiftShader: WebGL 2 without a graphics card.
+BROWSER_FLAGS = (
+    "--no-sandbox",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+    "--no-first-run",
+)
 
 
 @pytest.fixture
@@ -11,3 +30,44 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@dataclass
+class WatchedPage:
+    """A page of its own browser context, and what it said and asked for.
+
+    Attributes:
+        page: Playwright's page, to drive it.
+        errors: messages of console errors, exceptions that nobody caught, and requests that failed.
+        requests: addresses of everything the page asked for.
+    """
+
+    page: Page
+    errors: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """A headless Chromium of this machine; ``BRAINDINO_CHROMIUM`` names another. Skips where there is none."""
+    program = os.environ.get("BRAINDINO_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"no browser: install one of {', '.join(BROWSERS)}, or name one in BRAINDINO_CHROMIUM")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=list(BROWSER_FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def chromium_page(chromium: Browser) -> Iterator[WatchedPage]:
+    """A fresh page, 1280 x 800, that records its errors and its requests."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    watched = WatchedPage(page)
+    page.on("console", lambda said: watched.errors.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: watched.errors.append(str(error)))
+    page.on("requestfailed", lambda request: watched.errors.append(f"{request.url}: {request.failure}"))
+    page.on("request", lambda request: watched.requests.append(request.url))
+    yield watched
+    context.close()

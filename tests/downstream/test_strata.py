@@ -7,8 +7,8 @@ import yaml
 from braindino.downstream import strata
 from braindino.downstream.strata import Stratum, assign_strata, strata_of_bins
 
-ADNI_AGES = strata_of_bins([(55, 64), (65, 74), (75, 84), (85, np.inf)])
-BRAIN_AGES = strata_of_bins([(0, 9), (10, 29), (30, 49), (50, 69), (70, np.inf)])
+ADNI_AGES = strata_of_bins([(55, 64), (65, 74), (75, 84), (85, None)])
+BRAIN_AGES = strata_of_bins([(0, 9), (10, 29), (30, 49), (50, 69), (70, None)])
 
 
 def test_a_bin_holds_whole_units_and_the_last_one_may_be_open():

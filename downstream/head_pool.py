@@ -1,0 +1,81 @@
+"""Many heads in several processes, with progress.
+
+A step of a head is some thirty short operations, and after each of them the threads of one process wait for each other
+in Python: two processes train 150 heads of the paper's size in three quarters of the time of two threads
+(``benchmarks/heads.py``). A process takes seconds to start, so a few heads are trained where they are asked for.
+"""
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+import torch
+
+from braindino.downstream.heads import Head, Training, check_heads, train_heads
+from braindino.progress import track
+
+STEPS_WORTH_A_PROCESS = 20_000
+HEADS_AT_A_TIME = 4
+
+# Of a worker process: what all its heads have in common.
+_shared: dict[str, Any] = {}
+
+
+def train_many_heads(
+    features: np.ndarray,
+    targets: np.ndarray,
+    *,
+    subsets: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    num_outputs: int,
+    head: Head,
+    training: Training,
+    device: torch.device | str = "cpu",
+) -> np.ndarray:
+    """As ``train_heads``, the same numbers bit by bit: on a CPU by as many processes as torch has threads, where there
+    is work enough for each.
+
+    The processes are started afresh, so a script that calls this needs ``if __name__ == "__main__":``.
+
+    Raises:
+        ValueError: as ``train_heads``.
+        ChildProcessError: a process died.
+    """
+    shared = {
+        "features": features,
+        "targets": targets,
+        "num_outputs": num_outputs,
+        "head": head,
+        "training": training,
+    }
+    processes = min(torch.get_num_threads(), len(seeds) * training.steps // STEPS_WORTH_A_PROCESS)
+    if torch.device(device).type != "cpu" or head.kind == "logistic" or processes < 2:
+        return train_heads(**shared, subsets=subsets, seeds=seeds, device=device)
+    # Here, where the numbers of the heads are those of the caller.
+    check_heads(**shared, subsets=subsets, seeds=seeds)
+    blocks = [slice(start, start + HEADS_AT_A_TIME) for start in range(0, len(seeds), HEADS_AT_A_TIME)]
+    outputs = np.empty((len(seeds), len(features), num_outputs), dtype=np.float32)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(shared,)) as pool:
+        done = pool.map(_train, [subsets[block] for block in blocks], [seeds[block] for block in blocks])
+        try:
+            for block, part in zip(blocks, track(done, total=len(blocks), desc="heads, by fours"), strict=True):
+                outputs[block] = part
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                f"a process that trained heads died, most likely for want of memory: each of {processes} holds the "
+                f"features, {features.nbytes / 2**20:.0f} MiB; set OMP_NUM_THREADS=1 for one"
+            ) from error
+    return outputs
+
+
+def _start(shared: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    _shared.update(shared)
+
+
+def _train(subsets: Sequence[np.ndarray], seeds: Sequence[int]) -> np.ndarray:
+    return train_heads(**_shared, subsets=subsets, seeds=seeds)

@@ -1,0 +1,42 @@
+"""Heads trained by several processes are those that one process trains."""
+
+import numpy as np
+import pytest
+import torch
+
+from braindino.downstream import head_pool
+from braindino.downstream.heads import Head, Training, train_heads
+
+RNG = np.random.default_rng(0)
+FEATURES = RNG.standard_normal((40, 24)).astype(np.float32)
+CLASSES = np.arange(40) % 2
+SUBSETS = [RNG.permutation(40)[:20] for _ in range(10)]
+SETTINGS = {"num_outputs": 2, "head": Head(hidden_width=16, dropout=0.1), "training": Training(steps=20)}
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(head_pool, "STEPS_WORTH_A_PROCESS", 50)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_heads_of_two_processes_are_bit_equal_to_those_of_one(two_processes, monkeypatch):
+    alone = train_heads(FEATURES, CLASSES, subsets=SUBSETS, seeds=list(range(10)), **SETTINGS)
+    monkeypatch.setattr(head_pool, "train_heads", None)  # what this process must not call
+    pooled = head_pool.train_many_heads(FEATURES, CLASSES, subsets=SUBSETS, seeds=list(range(10)), **SETTINGS)
+    assert pooled.dtype == np.float32 and np.array_equal(pooled, alone)
+
+
+def test_few_heads_are_trained_here(monkeypatch):
+    monkeypatch.setattr(head_pool, "ProcessPoolExecutor", None)
+    few = head_pool.train_many_heads(FEATURES, CLASSES, subsets=SUBSETS[:2], seeds=[0, 1], **SETTINGS)
+    assert few.shape == (2, 40, 2)
+
+
+def test_a_head_without_two_classes_is_named_by_the_callers_number(two_processes):
+    subsets = [*SUBSETS[:7], np.arange(0, 40, 2), *SUBSETS[8:]]
+    with pytest.raises(ValueError, match=r"head 7 \(seed 107\): all 20 training cases are of class 0"):
+        head_pool.train_many_heads(FEATURES, CLASSES, subsets=subsets, seeds=list(range(100, 110)), **SETTINGS)
