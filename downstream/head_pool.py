@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from braindino.downstream.heads import Head, Training, check_heads, train_heads
+from braindino.downstream.heads import Head, Training, check_heads, check_queries, of_each_head, train_heads
 from braindino.progress import track
 
 STEPS_WORTH_A_PROCESS = 20_000
@@ -33,6 +33,7 @@ def train_many_heads(
     num_outputs: int,
     head: Head,
     training: Training,
+    queries: Sequence[np.ndarray] = (),
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
     """As ``train_heads``, the same numbers bit by bit: on a CPU by as many processes as torch has threads, where there
@@ -44,30 +45,28 @@ def train_many_heads(
         ValueError: as ``train_heads``.
         ChildProcessError: a process died.
     """
-    shared = {
-        "features": features,
-        "targets": targets,
-        "num_outputs": num_outputs,
-        "head": head,
-        "training": training,
-    }
+    shared = {"features": features, "num_outputs": num_outputs, "head": head, "training": training}
+    asked = shared | {"queries": queries}
     processes = min(torch.get_num_threads(), len(seeds) * training.steps // STEPS_WORTH_A_PROCESS)
     if torch.device(device).type != "cpu" or head.kind == "logistic" or processes < 2:
-        return train_heads(**shared, subsets=subsets, seeds=seeds, device=device)
+        return train_heads(targets=targets, subsets=subsets, seeds=seeds, device=device, **asked)
     # Here, where the numbers of the heads are those of the caller.
-    check_heads(**shared, subsets=subsets, seeds=seeds)
+    check_heads(targets=targets, subsets=subsets, seeds=seeds, **shared)
+    check_queries([features, *queries])
+    own = of_each_head(targets, len(seeds), training)
     blocks = [slice(start, start + HEADS_AT_A_TIME) for start in range(0, len(seeds), HEADS_AT_A_TIME)]
-    outputs = np.empty((len(seeds), len(features), num_outputs), dtype=np.float32)
+    num_rows = len(features) + sum(map(len, queries))
+    outputs = np.empty((len(seeds), num_rows, num_outputs), dtype=np.float32)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(shared,)) as pool:
-        done = pool.map(_train, [subsets[block] for block in blocks], [seeds[block] for block in blocks])
+    with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(asked,)) as pool:
+        done = pool.map(_train, *([parts[block] for block in blocks] for parts in (own, subsets, seeds)))
         try:
             for block, part in zip(blocks, track(done, total=len(blocks), desc="heads, by fours"), strict=True):
                 outputs[block] = part
         except BrokenProcessPool as error:
             raise ChildProcessError(
                 f"a process that trained heads died, most likely for want of memory: each of {processes} holds the "
-                f"features, {features.nbytes / 2**20:.0f} MiB; set OMP_NUM_THREADS=1 for one"
+                f"features, {(features.nbytes + sum(block.nbytes for block in queries)) / 2**20:.0f} MiB; set OMP_NUM_THREADS=1 for one"
             ) from error
     return outputs
 
@@ -77,5 +76,5 @@ def _start(shared: dict[str, Any]) -> None:
     _shared.update(shared)
 
 
-def _train(subsets: Sequence[np.ndarray], seeds: Sequence[int]) -> np.ndarray:
-    return train_heads(**_shared, subsets=subsets, seeds=seeds)
+def _train(targets: Sequence[np.ndarray], subsets: Sequence[np.ndarray], seeds: Sequence[int]) -> np.ndarray:
+    return train_heads(targets=np.stack(targets), subsets=subsets, seeds=seeds, **_shared)

@@ -120,22 +120,28 @@ def train_heads(
     head: Head,
     training: Training,
     mask: np.ndarray | Tensor | None = None,
+    queries: Sequence[np.ndarray] = (),
     device: torch.device | str = "cpu",
 ) -> np.ndarray:
-    """Train one head per subset and return its outputs of all n rows, (M, n, K) float32.
+    """Train one head per subset and return its outputs of all n rows, (M, n, K) float32, and of the rows of
+    ``queries`` after them.
 
     Which rows a head never saw is the caller's split. Outputs are class probabilities, values in the target's unit, or
     risks (higher: an earlier event).
 
     Args:
         features: (n, D), or (n, S, D) per slice for an attention head.
-        targets: (n,) class indices or values, or (n, 2) time and event.
+        targets: (n,) class indices or values, or (n, 2) time and event; with an axis of M in front where every head
+            has its own.
         subsets: for each of M heads the row indices that it is trained on.
         seeds: for each head the seed of its start and of its batches.
         num_outputs: number of classes K; 1 for values and risks.
         head: how it looks.
         training: how it is trained.
         mask: (n, S) bool, True where a slice is there; attention only.
+        queries: blocks (q, D) or (q, S, D) of further rows, which nobody trains on and which have no target. Each block
+            is computed by itself: a matrix product may round a row otherwise beside other rows, and no output shall
+            depend, not even in its last bit, on what else is asked.
         device: where to train.
 
     Raises:
@@ -147,16 +153,27 @@ def train_heads(
     seen = None if mask is None else np.asarray(mask, dtype=bool)
     subsets = [np.asarray(rows, dtype=np.int64) for rows in subsets]
     check_heads(x, y, mask=seen, subsets=subsets, seeds=seeds, num_outputs=num_outputs, head=head, training=training)
+    blocks = [x, *(np.asarray(block, dtype=np.float32) for block in queries)]
+    check_queries(blocks)
     if head.kind == "logistic":
-        return _train_logistic(x, y, subsets=subsets, seeds=seeds, num_outputs=num_outputs, training=training)
+        return _train_logistic(
+            blocks,
+            of_each_head(y, len(seeds), training),
+            subsets=subsets,
+            seeds=seeds,
+            num_outputs=num_outputs,
+            training=training,
+        )
 
-    prepared, shifts, scales = _prepare_targets(y, subsets, training)
-    pool, jobs = [x], []
-    size = len(x)
+    own_y = of_each_head(y, len(seeds), training)
+    prepared, shifts, scales = _prepare_targets(own_y, subsets, training)
+    pool, jobs = list(blocks), []
+    sizes = [len(block) for block in blocks]
+    size = sum(sizes)
     for number, (rows, seed) in enumerate(zip(subsets, seeds, strict=True)):
         own_rows, own_targets = rows, prepared[number][rows]
         if training.smote:
-            made, made_classes = oversample(x[rows], y[rows], seed=seed, whose=_whose(number, seed))
+            made, made_classes = oversample(x[rows], own_y[number][rows], seed=seed, whose=_whose(number, seed))
             pool.append(made)
             own_rows = np.concatenate([rows, np.arange(size, size + len(made))])
             own_targets = np.concatenate([own_targets, made_classes])
@@ -164,7 +181,7 @@ def train_heads(
         weights = _case_weights(own_targets, num_outputs, training)
         jobs.append(_Job(number, seed, *map(torch.from_numpy, (own_rows, own_targets, weights))))
 
-    outputs = torch.empty(len(subsets), len(x), num_outputs)
+    outputs = torch.empty(len(subsets), sum(sizes), num_outputs)
     features_of_all = torch.from_numpy(np.concatenate(pool)).to(device)
     if head.kind == "attention":
         present = None if seen is None else torch.from_numpy(seen).to(device)
@@ -172,18 +189,38 @@ def train_heads(
         def run(block: list[_Job]) -> None:
             for job in block:
                 outputs[job.number] = _train_attention(
-                    features_of_all, present, job, num_outputs=num_outputs, head=head, training=training
+                    features_of_all, present, job, sizes=sizes, num_outputs=num_outputs, head=head, training=training
                 )
     else:
         normalised = F.layer_norm(features_of_all, features_of_all.shape[-1:], eps=LAYER_NORM_EPS)
 
         def run(block: list[_Job]) -> None:
             outputs[[job.number for job in block]] = _train_stack(
-                normalised, block, num_rows=len(x), num_outputs=num_outputs, head=head, training=training
+                normalised, block, sizes=sizes, num_outputs=num_outputs, head=head, training=training
             )
 
     _run_blocks(run, jobs, training, on_cpu=torch.device(device).type == "cpu")
     return _natural(outputs, training, shifts, scales)
+
+
+def check_queries(blocks: Sequence[np.ndarray]) -> None:
+    """Whether heads on the first block of rows can be asked for the others.
+
+    Raises:
+        ValueError: rows of another shape, or a value that is not finite.
+    """
+    for number, block in enumerate(blocks[1:]):
+        if block.shape[1:] != blocks[0].shape[1:] or not np.isfinite(block).all():
+            raise ValueError(
+                f"queries, block {number}: shape {block.shape}, {np.count_nonzero(~np.isfinite(block))} values not "
+                f"finite; expected rows of shape {blocks[0].shape[1:]} as in the features, all finite"
+            )
+
+
+def of_each_head(targets: np.ndarray, num_heads: int, training: Training) -> Sequence[np.ndarray]:
+    """The targets of every head, which may be the same for all."""
+    shared = targets.ndim == (2 if training.loss == "cox" else 1)
+    return [targets] * num_heads if shared else targets
 
 
 def check_heads(
@@ -225,7 +262,7 @@ def check_heads(
     if not np.isfinite(there).all() or not np.isfinite(y).all():
         raise ValueError("features or targets hold NaN or infinity; expected finite numbers; leave out such cases")
     shape = (len(x), 2) if training.loss == "cox" else (len(x),)
-    if y.shape != shape:
+    if y.shape not in (shape, (len(seeds), *shape)):
         raise ValueError(f"targets of shape {y.shape} for loss {training.loss}; expected {shape}")
     if training.loss == "cross_entropy" and len(y) and (y.min() < 0 or y.max() >= num_outputs):
         raise ValueError(f"class indices from {y.min()} to {y.max()}; expected 0 to {num_outputs - 1}")
@@ -235,16 +272,16 @@ def check_heads(
         raise ValueError(f"loss log_mixed: the smallest target is {y.min():g}; expected 0 or more, for log(1 + y)")
     if len(subsets) != len(seeds) or not len(seeds):
         raise ValueError(f"{len(subsets)} subsets and {len(seeds)} seeds; expected as many of each, one or more")
-    for number, (rows, seed) in enumerate(zip(subsets, seeds, strict=True)):
+    for number, (rows, seed, own) in enumerate(zip(subsets, seeds, of_each_head(y, len(seeds), training), strict=True)):
         whose = _whose(number, seed)
         if not len(rows):
             raise ValueError(f"{whose}: no training case; use a larger label ratio")
-        if training.loss == "cross_entropy" and len(np.unique(y[rows])) < 2:
+        if training.loss == "cross_entropy" and len(np.unique(own[rows])) < 2:
             raise ValueError(
-                f"{whose}: all {len(rows)} training cases are of class {y[rows][0]}; expected two classes or more; "
+                f"{whose}: all {len(rows)} training cases are of class {own[rows][0]}; expected two classes or more; "
                 "use a larger label ratio"
             )
-        if training.loss == "cox" and not y[rows, 1].any():
+        if training.loss == "cox" and not own[rows, 1].any():
             raise ValueError(
                 f"{whose}: no event among {len(rows)} training cases; nothing can be learnt of the hazard; use a "
                 "larger label ratio"
@@ -301,7 +338,7 @@ class JointHead:
         x = np.broadcast_to(np.float32(0), shape)
         check_heads(x, targets, subsets=[rows], seeds=[seed], num_outputs=num_outputs, head=head, training=training)
         self._head, self._training, self._device = head, training, device
-        prepared, self._shifts, self._scales = _prepare_targets(targets, [rows], training)
+        prepared, self._shifts, self._scales = _prepare_targets([targets], [rows], training)
         own = prepared[0][rows]
         weights = _case_weights(own, num_outputs, training)
         self._job = _Job(0, seed, *map(torch.from_numpy, (rows, own, weights)))
@@ -386,9 +423,10 @@ def _run_blocks(run: Callable[[list[_Job]], None], jobs: list[_Job], training: T
 
 
 def _train_stack(
-    normalised: Tensor, block: list[_Job], *, num_rows: int, num_outputs: int, head: Head, training: Training
+    normalised: Tensor, block: list[_Job], *, sizes: Sequence[int], num_outputs: int, head: Head, training: Training
 ) -> Tensor:
-    """Train heads with batches of one size together; return (m, num_rows, K) on the CPU."""
+    """Train heads with batches of one size together; return (m, sum of sizes, K) on the CPU: of rows in blocks of these
+    sizes."""
     device = normalised.device
     stack = HeadStack(
         [job.seed for job in block],
@@ -415,15 +453,25 @@ def _train_stack(
         stack.backward(normalised[rows[:, part]], lambda z, y=y, w=w: gradient(z, y, w), kept)  # type: ignore[misc]
         optimiser.step()
     parts = [
-        stack.outputs(part.expand(len(block), -1, -1)).cpu() for part in normalised[:num_rows].split(ROWS_AT_A_TIME)
+        stack.outputs(part.expand(len(block), -1, -1)).cpu()
+        for of_block in normalised[: sum(sizes)].split(list(sizes))
+        for part in of_block.split(ROWS_AT_A_TIME)
     ]
     return torch.cat(parts, dim=1)
 
 
 def _train_attention(
-    features: Tensor, mask: Tensor | None, job: _Job, *, num_outputs: int, head: Head, training: Training
+    features: Tensor,
+    mask: Tensor | None,
+    job: _Job,
+    *,
+    sizes: Sequence[int],
+    num_outputs: int,
+    head: Head,
+    training: Training,
 ) -> Tensor:
-    """Train one attention head; return (n, K) on the CPU."""
+    """Train one attention head; return (sum of sizes, K) on the CPU: of rows in blocks of these sizes, the first of
+    which ``mask`` belongs to."""
     network = start_attention_head(
         job.seed, num_features=features.shape[-1], hidden_width=head.hidden_width, num_outputs=num_outputs
     ).to(features.device)
@@ -438,33 +486,38 @@ def _train_attention(
         optimiser.zero_grad()
         outputs.backward(GRADIENTS[training.loss](outputs.detach()[None], y, w)[0])
         optimiser.step()
+    parts = []
     with torch.inference_mode():
-        masks = [None] * -(-len(features) // SCANS_AT_A_TIME) if mask is None else mask.split(SCANS_AT_A_TIME)
-        parts = [
-            network(part, present).cpu() for part, present in zip(features.split(SCANS_AT_A_TIME), masks, strict=True)
-        ]
+        for number, of_block in enumerate(features.split(list(sizes))):
+            for start in range(0, len(of_block), SCANS_AT_A_TIME):
+                some = slice(start, start + SCANS_AT_A_TIME)
+                present = mask[some] if mask is not None and number == 0 else None
+                parts.append(network(of_block[some], present).cpu())
     return torch.cat(parts)
 
 
 def _train_logistic(
-    x: np.ndarray,
-    y: np.ndarray,
+    blocks: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
     *,
     subsets: Sequence[np.ndarray],
     seeds: Sequence[int],
     num_outputs: int,
     training: Training,
 ) -> np.ndarray:
-    outputs = np.zeros((len(subsets), len(x), num_outputs), dtype=np.float32)
+    x = blocks[0]
+    outputs = np.zeros((len(subsets), sum(map(len, blocks)), num_outputs), dtype=np.float32)
     for number, (rows, seed) in enumerate(zip(subsets, seeds, strict=True)):
-        own, classes = x[rows], y[rows]
+        own, classes = x[rows], targets[number][rows]
         if training.smote:
             made, made_classes = oversample(own, classes, seed=seed, whose=_whose(number, seed))
             own, classes = np.concatenate([own, made]), np.concatenate([classes, made_classes])
         scaler = StandardScaler().fit(own)
         model = LogisticRegression(class_weight=training.class_weights or None, max_iter=LOGISTIC_ITERATIONS)
         model.fit(scaler.transform(own), classes)
-        outputs[number][:, model.classes_] = model.predict_proba(scaler.transform(x))
+        outputs[number][:, model.classes_] = np.concatenate(
+            [model.predict_proba(scaler.transform(block)) for block in blocks if len(block)]
+        )
     return outputs
 
 
@@ -498,7 +551,7 @@ def _dropped(
 
 
 def _prepare_targets(
-    y: np.ndarray, subsets: Sequence[np.ndarray], training: Training
+    targets: Sequence[np.ndarray], subsets: Sequence[np.ndarray], training: Training
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """Targets of all rows as each head learns them, and the shift and scale (M, 1) that lead back.
 
@@ -508,20 +561,22 @@ def _prepare_targets(
     count = len(subsets)
     shifts, scales = np.zeros((count, 1)), np.ones((count, 1))
     if training.loss == "cross_entropy":
-        return [y.astype(np.int64)] * count, shifts, scales
-    values = y.astype(np.float64)
-    if training.loss == "cox":
-        # Ties of times survive in float32 only by their ranks.
-        ranks = np.unique(values[:, 0], return_inverse=True)[1]
-        return [np.stack([ranks, values[:, 1]], axis=1).astype(np.float32)] * count, shifts, scales
-    if training.loss == "log_mixed":
-        values = np.log1p(values)
-    for number, rows in enumerate(subsets):
+        return [y.astype(np.int64) for y in targets], shifts, scales
+    prepared = []
+    for number, (rows, y) in enumerate(zip(subsets, targets, strict=True)):
+        values = y.astype(np.float64)
+        if training.loss == "cox":
+            # Ties of times survive in float32 only by their ranks.
+            ranks = np.unique(values[:, 0], return_inverse=True)[1]
+            prepared.append(np.stack([ranks, values[:, 1]], axis=1).astype(np.float32))
+            continue
+        if training.loss == "log_mixed":
+            values = np.log1p(values)
         shifts[number] = values[rows].mean()
         if training.loss == "squared_error":
             scales[number] = values[rows].std() or 1.0
-    standardised = [((values - shift) / scale).astype(np.float32) for shift, scale in zip(shifts, scales, strict=True)]
-    return standardised, shifts, scales
+        prepared.append(((values - shifts[number]) / scales[number]).astype(np.float32))
+    return prepared, shifts, scales
 
 
 def _natural(outputs: Tensor, training: Training, shifts: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -159,17 +159,18 @@ def permuted_predictions(
     Where every subject has one and the same label, whole subjects are dealt, so that a permuted label is as constant
     within a subject as the real one.
     """
-    job, predictions = trial.job, []
-    for number in range(count):
+    job = trial.job
+    dealt = np.stack([cases.targets] * count)
+    for number, targets in enumerate(dealt):
         rng = np.random.default_rng([job.seed, number])
-        targets = cases.targets.copy()
         targets[job.train] = targets[job.train][_deal(rng, cases, job.train)]
-        if trial.k:
-            (predicted,) = _neighbours(task, features, targets, job, [trial.k]).values()
-            predictions.append(Prediction(job.test, cases.targets[job.test], predicted))
-        else:
-            (output,) = _train(task, features, targets, [job], device=device)
-            predictions.append(_prediction(task, cases, job, output[job.test]))
+    if not trial.k:
+        outputs = _train(task, features, dealt, [job] * count, device=device)
+        return [_prediction(task, cases, job, output[job.test]) for output in outputs]
+    predictions = []
+    for targets in dealt:
+        (predicted,) = _neighbours(task, features, targets, job, [trial.k]).values()
+        predictions.append(Prediction(job.test, cases.targets[job.test], predicted))
     return predictions
 
 
@@ -213,7 +214,7 @@ def count_far_outside(train_targets: np.ndarray, predicted: np.ndarray) -> int:
 def _train(
     task: Task, features: np.ndarray, targets: np.ndarray, jobs: Sequence[Job], *, device: torch.device
 ) -> np.ndarray:
-    """(jobs, n, K) outputs of all cases."""
+    """(jobs, n, K) outputs of all cases; ``targets`` as for ``train_heads``."""
     return train_many_heads(
         features,
         targets,

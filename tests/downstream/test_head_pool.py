@@ -30,6 +30,13 @@ def test_heads_of_two_processes_are_bit_equal_to_those_of_one(two_processes, mon
     assert pooled.dtype == np.float32 and np.array_equal(pooled, alone)
 
 
+def test_every_head_keeps_its_own_targets_in_the_pool(two_processes):
+    own = np.stack([np.roll(np.sort(CLASSES), shift) for shift in range(10)])
+    alone = train_heads(FEATURES, own, subsets=SUBSETS, seeds=list(range(10)), **SETTINGS)
+    pooled = head_pool.train_many_heads(FEATURES, own, subsets=SUBSETS, seeds=list(range(10)), **SETTINGS)
+    assert np.array_equal(pooled, alone)
+
+
 def test_few_heads_are_trained_here(monkeypatch):
     monkeypatch.setattr(head_pool, "ProcessPoolExecutor", None)
     few = head_pool.train_many_heads(FEATURES, CLASSES, subsets=SUBSETS[:2], seeds=[0, 1], **SETTINGS)

@@ -55,6 +55,34 @@ def test_heads_trained_together_are_the_heads_trained_alone_bit_by_bit(kind):
         np.testing.assert_array_equal(together[m], alone[0])
 
 
+@pytest.mark.parametrize(
+    ("kind", "loss", "smote"),
+    [
+        ("mlp", "cross_entropy", True),
+        ("linear", "squared_error", False),
+        ("mlp", "log_mixed", False),
+        ("mlp", "cox", False),
+        ("logistic", "cross_entropy", False),
+    ],
+)
+def test_heads_may_learn_targets_of_their_own(kind, loss, smote):
+    x, classes = classes_of(30)
+    rng = np.random.default_rng(1)
+    days = rng.gamma(2, 100, (2, 30))
+    own = {
+        "cross_entropy": np.stack([classes, np.roll(np.sort(classes), 3)]),
+        "cox": np.stack([days, rng.random((2, 30)) < 0.8], axis=-1),
+    }.get(loss, days)
+    subsets, seeds = [np.arange(20), np.arange(5, 30)], [0, 3]
+    training = Training(steps=30, learning_rate=3e-3, loss=loss, smote=smote)
+    arguments = dict(num_outputs=2 if loss == "cross_entropy" else 1, head=Head(kind=kind, hidden_width=16))
+    together = train_heads(x, own, subsets=subsets, seeds=seeds, training=training, **arguments)
+    assert not np.array_equal(together[0], together[1])
+    for m in range(2):
+        alone = train_heads(x, own[m], subsets=[subsets[m]], seeds=[seeds[m]], training=training, **arguments)
+        np.testing.assert_array_equal(together[m], alone[0])
+
+
 @pytest.mark.parametrize("optimiser", ["adam", "adamw"])
 def test_training_is_that_of_torch_layers_with_torchs_optimiser(optimiser):
     x, y = classes_of(12, 2)
