@@ -21,6 +21,7 @@ VERBS = {
     "labels": Verb("braindino.preprocessing.labels", "a cohort's published tables to one tidy table of labels"),
     "fetch-hd-bet": Verb("braindino.preprocessing.hd_bet_weights", "download the weights of HD-BET 2, once"),
     "prepare": Verb("braindino.preprocessing.prepare", "raw scans to skull-stripped, normalised slices"),
+    "perturb": Verb("braindino.preprocessing.perturb", "raw scans under gamma, Gibbs ringing and bias fields"),
     "verify": Verb("braindino.store_verify", "find damage in a slice store, to the byte"),
     "merge": Verb("braindino.store_merge", "several slice stores into one"),
     "subset": Verb("braindino.store_subset", "part of a slice store, by cohort, sequence or subject"),
@@ -35,8 +36,12 @@ VERBS = {
     "segment-eval": Verb("nnunet_braindino.segment_eval", "Dice and HD95 of trainers side by side, with intervals"),
     "extract": Verb("braindino.downstream.extract", "features of prepared scans from a frozen encoder"),
     "evaluate": Verb("braindino.downstream.evaluate", "light heads and kNN on features, with intervals"),
+    "represent": Verb("braindino.downstream.represent", "how encoders see the same scans: CKA, spread, neighbours"),
+    "robustness": Verb("braindino.downstream.robustness", "what trained heads make of perturbed scans"),
     "tasks": Verb("braindino.downstream.list_tasks", "what can be evaluated, and how"),
     "reproduce": Verb("braindino.downstream.reproduce", "the same numbers again, from what an evaluation left"),
+    "view": Verb("braindino.viewer.view", "look at a scan; a click shows what looks alike to an encoder"),
+    "figure": Verb("braindino.report.figure", "a paper figure from any runs: PDF, SVG, PNG and its table"),
     "report": Verb("braindino.report.page", "one page with everything a folder holds"),
 }
 

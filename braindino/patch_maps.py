@@ -3,17 +3,28 @@
 
 Functions of arrays; reading scans and writing pictures is done elsewhere. A patch grid is (rows, columns), the
 slice's own frame: row 0 anterior, column 0 patient right.
+
+For any encoder of the contract, of slices or of volumes: an ``AxialSlice`` says where its pixels lie in mm, a
+``TokenPlane`` where the tokens do, and maps come back at the pixels of the slice. What an encoder crops, resizes or
+turns on the way to its tokens is undone by that. ``similarity_panels`` does it all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from braindino.encoders.contract import TokenPlane, VolumeEncoder
+from braindino.feature_table import DEPTHS, Depth
+from braindino.slices import axial_slices
 from braindino.vision_transformer import VisionTransformer
+from braindino.volume import Volume
 
 FOREGROUND_SHARE = 0.9
+SIMILARITY_RANGE = (-1.0, 1.0)
+"""The colour scale of every similarity map, whichever the encoder."""
 
 
 class ReferencePoint(NamedTuple):
@@ -28,6 +39,244 @@ class ReferencePoint(NamedTuple):
     name: str
     row: int
     column: int
+
+
+class SlicePoint(NamedTuple):
+    """A place on a slice, for encoders whose tokens differ in size.
+
+    Attributes:
+        name: what lies there.
+        row: pixel row; the middle of a pixel is a whole number.
+        column: pixel column.
+    """
+
+    name: str
+    row: float
+    column: float
+
+
+@dataclass(frozen=True, eq=False)
+class AxialSlice:
+    """One axial slice of a volume, and where its pixels lie.
+
+    Attributes:
+        image: (rows, columns) float32; row 0 anterior, column 0 patient right, as ``braindino.slices.axial_slices``.
+        index: of the slice in its volume, from the bottom.
+        affine: (4, 4) row, column and slice index to mm.
+    """
+
+    image: np.ndarray
+    index: int
+    affine: np.ndarray
+
+    @classmethod
+    def of(cls, volume: Volume, index: int) -> "AxialSlice":
+        """Slice ``index`` of a volume: the canonical one, or what ``transforms.standardize`` makes of it.
+
+        Raises:
+            ValueError: no such slice.
+        """
+        if not 0 <= index < volume.shape[2]:
+            raise ValueError(f"slice: found {index}; expected 0 to {volume.shape[2] - 1}, from the bottom")
+        # Row r is voxel y = Y - 1 - r, and column c is x = X - 1 - c.
+        turn = np.array([[0, -1, 0, volume.shape[0] - 1], [-1, 0, 0, volume.shape[1] - 1], [0, 0, 1, 0], [0, 0, 0, 1]])
+        return cls(axial_slices(volume, [index])[0], index, volume.affine @ turn)
+
+    @classmethod
+    def through(cls, volume: Volume, point: np.ndarray) -> "AxialSlice":
+        """The slice of a volume nearest to a point (3,) in mm.
+
+        Raises:
+            ValueError: the point lies below or above the volume.
+        """
+        height = (np.linalg.inv(volume.affine) @ (*point, 1.0))[2]
+        return cls.of(volume, int(np.floor(height + 0.5)))
+
+    def to_world(self, pixels: np.ndarray) -> np.ndarray:
+        """(..., 3) mm of (..., 2) rows and columns."""
+        pixels = np.asarray(pixels, dtype=np.float64)
+        return pixels @ self.affine[:3, :2].T + self.affine[:3, 2] * self.index + self.affine[:3, 3]
+
+    def to_pixels(self, points: np.ndarray) -> np.ndarray:
+        """(..., 2) rows and columns, not rounded, of points (..., 3) in mm; their height over the slice is dropped."""
+        inverse = np.linalg.inv(self.affine)
+        return np.asarray(points, dtype=np.float64) @ inverse[:2, :3].T + inverse[:2, 3]
+
+
+@dataclass(frozen=True, eq=False)
+class SimilarityPanels:
+    """One slice through the eyes of E encoders, from P reference points: the panels of the paper's Fig. 6a.
+
+    Attributes:
+        axial: the slice.
+        points: the reference points, on the slice.
+        encoders: names, in order.
+        maps: (E, P, rows, columns) float32 similarity with the token that holds the point, for the one scale
+            ``SIMILARITY_RANGE``; NaN where the encoder does not see, and everywhere if it does not see the point.
+        colours: (E, rows, columns, 3) float32 in 0 to 1, principal components of the tokens that hold tissue; each
+            encoder has its own, so shapes can be compared and colours cannot. NaN where the encoder does not see.
+        offsets: (E,) mm from the slice to the plane of the tokens, upwards; NaN where there is none.
+    """
+
+    axial: AxialSlice
+    points: tuple[SlicePoint, ...]
+    encoders: tuple[str, ...]
+    maps: np.ndarray
+    colours: np.ndarray
+    offsets: np.ndarray
+
+
+def similarity_panels(
+    encoders: Mapping[str, VolumeEncoder],
+    volume: Volume,
+    axial: AxialSlice,
+    points: Sequence[SlicePoint],
+    *,
+    sequence: str | None = None,
+    depth: Depth | None = None,
+    norm: bool = True,
+) -> SimilarityPanels:
+    """Similarity and PCA maps of one slice for every encoder, at the slice's pixels.
+
+    Args:
+        encoders: by name; one after the other is given the volume.
+        volume: canonical, as ``VolumeEncoder.prepare`` takes it.
+        axial: a slice of ``volume``, or of it standardised.
+        points: on the slice; of each encoder the token that holds the point is the reference.
+        sequence: of the scan, for encoders that must be told.
+        depth: at which the tokens are taken, ``early``, ``mid`` or ``late`` as for CKA; None for each encoder's last.
+        norm: whether its final norm is applied; see ``VolumeEncoder.encode_plane``.
+
+    Raises:
+        ValueError: an encoder has no use for this scan.
+    """
+    shape = axial.image.shape
+    maps = np.full((len(encoders), len(points), *shape), np.nan, dtype=np.float32)
+    colours = np.full((len(encoders), *shape, 3), np.nan, dtype=np.float32)
+    offsets = np.full(len(encoders), np.nan)
+    middle = axial.to_world(np.array([(extent - 1) / 2 for extent in shape]))
+    for number, encoder in enumerate(encoders.values()):
+        prepared = encoder.prepare_planes(volume, sequence=sequence)
+        block = None if depth is None else encoder.depth_blocks[DEPTHS.index(depth)]
+        plane = encoder.encode_plane(prepared, middle, block=block, norm=norm)
+        if plane is None:
+            continue
+        offsets[number] = height_offset(plane, middle)
+        colours[number] = pca_on_slice(plane, axial)
+        for place, point in enumerate(points):
+            maps[number, place] = similarity_on_slice(plane, axial, point)
+    return SimilarityPanels(axial, tuple(points), tuple(encoders), maps, colours, offsets)
+
+
+def similarity_on_slice(plane: TokenPlane, axial: AxialSlice, point: SlicePoint) -> np.ndarray:
+    """(rows, columns) float32 similarity of the tokens with the one that holds ``point``, bilinear between the centres
+    of the tokens; NaN beside all tokens, and everywhere if no token holds the point.
+    """
+    x, y = plane.world_to_token(axial.to_world(np.array([point.row, point.column])))
+    if x < 0:
+        return np.full(axial.image.shape, np.nan, dtype=np.float32)
+    # In float64 the similarity of a token with itself is 1 to the last digit that float32 keeps.
+    tokens = plane.features.numpy().astype(np.float64)
+    return on_slice(similarity_map(tokens, tokens[x, y]), plane, axial)
+
+
+def pca_on_slice(plane: TokenPlane, axial: AxialSlice) -> np.ndarray:
+    """(rows, columns, 3) float32: ``pca_map`` of the tokens that hold tissue, bilinear between their centres; NaN
+    beside all tokens.
+    """
+    return on_slice(pca_map(plane.features.numpy(), tissue_tokens(plane, axial)), plane, axial)
+
+
+def on_slice(values: np.ndarray, plane: TokenPlane, axial: AxialSlice) -> np.ndarray:
+    """(rows, columns) or (rows, columns, C) float32: values (X, Y) or (X, Y, C) of the tokens of a plane at the pixels
+    of a slice. Bilinear between the centres of the tokens, held beyond the outermost, NaN beside all tokens.
+
+    On an encoder's own slice this is ``upsample``.
+    """
+    place = plane.world_to_place(axial.to_world(_pixels(axial.image.shape)))
+    beside = np.isnan(place).any(axis=-1)
+    place[beside] = 0
+    lower = np.minimum(place.astype(np.intp), np.array(values.shape[:2]) - 2)
+    x, y = lower[..., 0], lower[..., 1]
+    along_x, along_y = ((place - lower)[..., axis].reshape(*x.shape, *[1] * (values.ndim - 2)) for axis in (0, 1))
+    back = values[x, y] * (1 - along_x) + values[x + 1, y] * along_x
+    front = values[x, y + 1] * (1 - along_x) + values[x + 1, y + 1] * along_x
+    found = back * (1 - along_y) + front * along_y
+    found[beside] = np.nan
+    return found.astype(np.float32)
+
+
+def tissue_tokens(plane: TokenPlane, axial: AxialSlice) -> np.ndarray:
+    """(X, Y) bool: the tokens whose pixels of the slice are tissue, i.e. not exactly 0, to at least 90 %. A token
+    without a pixel on the slice holds none.
+    """
+    counts = [len(centres) for centres in plane.centres]
+    index = plane.world_to_token(axial.to_world(_pixels(axial.image.shape)))
+    inside = index[..., 0] >= 0
+    cells = index[inside] @ np.array([counts[1], 1])
+    pixels = np.bincount(cells, minlength=counts[0] * counts[1])
+    tissue = np.bincount(cells, weights=axial.image[inside] != 0, minlength=counts[0] * counts[1])
+    return ((tissue >= FOREGROUND_SHARE * pixels) & (pixels > 0)).reshape(counts)
+
+
+def height_offset(plane: TokenPlane, point: np.ndarray) -> float:
+    """mm from a point (3,) in mm up to the plane, along the plane's own axis."""
+    height = (np.linalg.inv(plane.affine) @ (*point, 1.0))[2]
+    return float((plane.height - height) * np.linalg.norm(plane.affine[:3, 2]))
+
+
+def shared_range(maps: np.ndarray, within: np.ndarray) -> tuple[float, float]:
+    """The smallest and the largest similarity of all panels over the pixels ``within``: one scale for all of them,
+    where -1 to 1 would show little.
+
+    Args:
+        maps: (..., rows, columns), NaN where there is nothing.
+        within: (rows, columns) bool.
+
+    Raises:
+        ValueError: there is no value.
+    """
+    values = maps[..., within]
+    values = values[~np.isnan(values)]
+    if not values.size:
+        raise ValueError("similarity maps: no encoder sees any of the pixels; there is no range to show")
+    return float(values.min()), float(values.max())
+
+
+def points_of_patches(points: Sequence[ReferencePoint], patch_size: int) -> tuple[SlicePoint, ...]:
+    """The middles of patches as places on the slice."""
+    half = (patch_size - 1) / 2
+    return tuple(SlicePoint(p.name, p.row * patch_size + half, p.column * patch_size + half) for p in points)
+
+
+def points_in_labels(labels: np.ndarray, names: Mapping[str, Sequence[int]]) -> tuple[SlicePoint, ...]:
+    """The innermost pixel of each of some tissues, so that the token around it holds as much of it as any can.
+
+    Innermost: what is left last when the tissue's edge is taken off again and again; of several pixels the one nearest
+    to their mean, of those equally near the first in reading order.
+
+    Args:
+        labels: (rows, columns) int, of a segmentation; see ``axial_labels``.
+        names: name of a tissue -> its labels.
+
+    Raises:
+        ValueError: a tissue is not on this slice.
+    """
+    points = []
+    for name, members in names.items():
+        inner = np.isin(labels, list(members))
+        if not inner.any():
+            found = ", ".join(str(label) for label in np.unique(labels))
+            raise ValueError(
+                f"{name}: no pixel of this slice has label {', '.join(map(str, members))}; found {found}; choose "
+                "another slice"
+            )
+        while (smaller := inner & ~edge(inner)).any():
+            inner = smaller
+        rows, columns = np.nonzero(inner)
+        nearest = int(((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2).argmin())
+        points.append(SlicePoint(name, float(rows[nearest]), float(columns[nearest])))
+    return tuple(points)
 
 
 def encode_patches(encoder: VisionTransformer, image: np.ndarray) -> np.ndarray:
@@ -171,6 +420,11 @@ def axial_labels(
     plane = np.zeros(inside.shape, dtype=labels.dtype)
     plane[inside] = labels[tuple(found[inside].T)]
     return plane
+
+
+def _pixels(shape: tuple[int, ...]) -> np.ndarray:
+    """(rows, columns, 2): the row and the column of every pixel."""
+    return np.stack(np.meshgrid(*(np.arange(extent) for extent in shape), indexing="ij"), axis=-1)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from braindino.atomic import write_json
 from braindino.leakage import UNKNOWN
-from braindino.tables import write_table
+from braindino.tables import read_table, write_table
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -60,6 +60,29 @@ class Comparison(NamedTuple):
     """Cases left out because the metric is defined for one of the two only."""
     p_bootstrap_holm: float = math.nan
     p_sign_flip_holm: float = math.nan
+
+
+class OverviewRow(NamedTuple):
+    """One metric of one set of predictions in one region, over cases: a row of OUT/scores.tsv."""
+
+    predictions: str
+    ratio: float
+    """Share of the labels that was trained on."""
+    metric: str
+    """``Dice`` or ``HD95 (mm)``."""
+    region: str
+    cases: int
+    mean: float
+    sd: float
+    median: float
+    low: float
+    high: float
+    floor: float
+
+    @property
+    def trainer(self) -> str:
+        """What trained, at whatever ratio: the name of the predictions less its ``_r10``."""
+        return self.predictions if self.ratio == 1 else self.predictions.replace(f"_r{round(100 * self.ratio)}", "", 1)
 
 
 @dataclass(frozen=True)
@@ -138,6 +161,40 @@ def write_overview(scores: Mapping[str, SegmentationScores], ratios: Mapping[str
     write_table(path, ["predictions", "label_ratio", "metric", "region", "cases", *_NUMBERS], rows)
 
 
+def read_overview(path: str | Path) -> list[OverviewRow]:
+    """The rows of OUT/scores.tsv.
+
+    Raises:
+        ValueError: it is another table; names the file and the line.
+    """
+    table = read_table(path, ["predictions", "label_ratio", "metric", "region", "cases", *_NUMBERS])
+    return [
+        OverviewRow(
+            row["predictions"],
+            _number(path, line, row["label_ratio"]),
+            row["metric"],
+            row["region"],
+            int(_number(path, line, row["cases"])),
+            **{name: _number(path, line, row[name]) for name in _NUMBERS},
+        )
+        for line, row in zip(table.lines, table.rows, strict=True)
+    ]
+
+
+def read_comparisons(path: str | Path) -> list[Comparison]:
+    """The rows of OUT/comparison.tsv; errors as for ``read_overview``."""
+    table = read_table(path, Comparison._fields)
+    rows = []
+    for line, row in zip(table.lines, table.rows, strict=True):
+        values: dict[str, Any] = {
+            name: row[name] if name in ("metric", "region", "first", "second") else _number(path, line, row[name])
+            for name in Comparison._fields
+        }
+        values |= {name: int(values[name]) for name in ("num_cases", "num_subjects", "num_one_sided")}
+        rows.append(Comparison(**values))
+    return rows
+
+
 def write_comparisons(rows: Sequence[Comparison], path: str | Path) -> None:
     """Write a row per paired test."""
     cells = [[_cell(v, 5) if isinstance(v, float) else v for v in row] for row in rows]
@@ -203,6 +260,15 @@ def _cases(entries: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def _cell(value: float, digits: int) -> str:
     return "n/a" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _number(path: str | Path, line: int, text: str) -> float:
+    try:
+        return math.nan if text == "n/a" else float(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}, line {line}: found {text!r}; expected a number, as `braindino segment-eval` writes it"
+        ) from error
 
 
 def _or_null(value: float) -> float | None:

@@ -51,6 +51,14 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> Table:
     return Table(found, rows, lines)
 
 
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Cells as text in columns, for a terminal; every line has as many."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
 def write_table(
     path: str | Path, columns: Sequence[str], rows: Iterable[Iterable[object]], *, comments: Iterable[str] = ()
 ) -> None:

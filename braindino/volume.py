@@ -9,7 +9,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -116,6 +116,18 @@ class Volume:
         return float(x), float(y), float(z)
 
 
+class FileGrid(NamedTuple):
+    """How the voxels of a file lie, on its own axes."""
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    """(4, 4) voxel indices to mm in the RAS+ world."""
+    sform_code: int
+    qform_code: int
+    source: str
+    """The file, for messages."""
+
+
 def load_volume(path: str | Path) -> Volume:
     """The scan at ``path`` in RAS+, as float32.
 
@@ -211,11 +223,12 @@ def save_array(data: np.ndarray, affine: np.ndarray, path: str | Path, *, dtype:
         path: ``.nii`` or ``.nii.gz``.
         dtype: storage type, e.g. ``np.int16`` as scanners write, ``np.uint8`` for labels.
     """
-    image = nib.Nifti1Image(np.asarray(data, dtype=dtype), affine)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    image.header.set_xyzt_units(xyz="mm")
-    _write(image, path)
+    _write(_plain_image(data, affine, dtype), path)
+
+
+def encode_nifti(data: np.ndarray, affine: np.ndarray, *, dtype: np.typing.DTypeLike) -> bytes:
+    """The bytes of the uncompressed file that ``save_array`` would write: for who sends a volume, not stores it."""
+    return bytes(_plain_image(data, affine, dtype).to_bytes())
 
 
 def save_mask_like(mask: np.ndarray, reference_path: str | Path, path: str | Path) -> None:
@@ -227,19 +240,55 @@ def save_mask_like(mask: np.ndarray, reference_path: str | Path, path: str | Pat
         reference_path: the scan that the mask belongs to.
         path: where the uint8 mask goes.
     """
-    reference, _ = _read(reference_path)
-    to_native = nib.orientations.ornt_transform(_RAS, nib.orientations.io_orientation(reference.affine))
-    native = nib.orientations.apply_orientation(np.asarray(mask, dtype=np.uint8), to_native)
-    if native.shape != reference.shape[:3]:
+    save_on_grid(mask, file_grid(reference_path), path, dtype=np.uint8)
+
+
+def file_grid(path: str | Path) -> FileGrid:
+    """The grid that the scan at ``path`` is stored on.
+
+    Raises:
+        VolumeError: the file cannot be read, or its geometry cannot be used.
+    """
+    image, _ = _read(path)
+    affine, _ = _checked_affine(image, path)
+    codes = int(image.header["sform_code"]) or 1, int(image.header["qform_code"]) or 1
+    x, y, z = image.shape[:3]
+    return FileGrid((x, y, z), affine, *codes, source=str(path))
+
+
+def save_on_grid(data: np.ndarray, grid: FileGrid, path: str | Path, *, dtype: np.typing.DTypeLike) -> None:
+    """Write values made on ``load_volume`` of a file on that file's own grid, atomically.
+
+    Args:
+        data: (X, Y, Z) in RAS+, cast to ``dtype``.
+        grid: of that file.
+        path: ``.nii`` or ``.nii.gz``.
+        dtype: storage type.
+
+    Raises:
+        ValueError: ``data`` is not on that grid.
+    """
+    to_native = nib.orientations.ornt_transform(_RAS, nib.orientations.io_orientation(grid.affine))
+    native = nib.orientations.apply_orientation(np.asarray(data, dtype=dtype), to_native)
+    if native.shape != grid.shape:
         raise ValueError(
-            f"mask of shape {mask.shape} (RAS+) does not fit {reference_path}, whose grid is {reference.shape[:3]}; "
-            "it must be made on load_volume of that file"
+            f"voxels of shape {data.shape} (RAS+): does not fit {grid.source}, whose grid is {grid.shape}; they must be "
+            "made on load_volume of that file"
         )
-    image = nib.Nifti1Image(native, reference.affine)
-    image.set_sform(reference.affine, code=int(reference.header["sform_code"]) or 1)
-    image.set_qform(reference.affine, code=int(reference.header["qform_code"]) or 1)
+    image = nib.Nifti1Image(native, grid.affine)
+    image.set_sform(grid.affine, code=grid.sform_code)
+    image.set_qform(grid.affine, code=grid.qform_code)
     image.header.set_xyzt_units(xyz="mm")
     _write(image, path)
+
+
+def _plain_image(data: np.ndarray, affine: np.ndarray, dtype: np.typing.DTypeLike) -> nib.Nifti1Image:
+    """Values as ``dtype`` with one affine for both of a header's forms."""
+    image = nib.Nifti1Image(np.asarray(data, dtype=dtype), affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    image.header.set_xyzt_units(xyz="mm")
+    return image
 
 
 def _read(path: str | Path) -> tuple[nib.Nifti1Image, list[str]]:

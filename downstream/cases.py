@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,18 @@ class Cases:
     def all_scans(self) -> list[Scan]:
         """Every scan of every case."""
         return [scan for scans in self.scans for scan in scans]
+
+    def among(self, rows: np.ndarray) -> "Cases":
+        """The cases at these indices, in their order."""
+        chosen = rows.tolist()
+        return replace(
+            self,
+            ids=[self.ids[row] for row in chosen],
+            scans=[self.scans[row] for row in chosen],
+            subjects=[self.subjects[row] for row in chosen],
+            targets=self.targets[rows],
+            facts={name: [values[row] for row in chosen] for name, values in self.facts.items()},
+        )
 
     def rows_of(self, units: Sequence[str], chosen: Sequence[str]) -> np.ndarray:
         """Indices of the cases whose unit (subject, or the case itself) is among the chosen ones."""

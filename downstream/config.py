@@ -1,4 +1,4 @@
-"""What ``extract`` and ``evaluate`` are told on the command line."""
+"""What ``extract``, ``evaluate``, ``robustness`` and ``represent`` are told on the command line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +52,9 @@ class ExtractConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Train light heads on frozen features and score them on subjects never seen, beside trivial baselines.
-
-    TASK is a row of the table of tasks (`braindino tasks` lists them) or a YAML file of the same form:
-    docs/evaluate.md. The results are a folder that `braindino reproduce` can repeat.
+class QuestionConfig:
+    """A task on features: which cases, who is trained and who is tested on. What ``evaluate`` and ``robustness`` share;
+    equal values give the same cases, splits and heads in both.
     """
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")]
@@ -68,8 +66,6 @@ class EvaluateConfig:
     """Folder of the results; they go to OUT/TASK/."""
     labels: tuple[Path, ...] = ()
     """BIDS folders or .tsv/.csv tables with the target; needed by tasks whose target is not in the scan itself."""
-    ratios: tuple[float, ...] = RATIOS
-    """Shares of the training subjects to train on; smaller sets lie in larger ones."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One order of the training subjects and one start of the heads for each; the test sets are the same."""
     protocol: Literal["", "holdout", "repeated", "kfold"] = ""
@@ -80,9 +76,6 @@ class EvaluateConfig:
     """Share of the subjects in a test set, instead of the task's own."""
     test_subjects: Path | None = None
     """Subject list (as written by `braindino split`) to test on instead; all other subjects train."""
-    permutations: int = 20
-    """Times that the head is also trained on permuted labels, with all training subjects: a check that nothing but the
-    labels makes the score. 0: not at all. An encoder is not fine-tuned on them."""
     crosswalk: tuple[Path, ...] = ()
     """Tables that join ids of different cohorts, as for `braindino audit`."""
     allow_overlap: bool = False
@@ -94,14 +87,6 @@ class EvaluateConfig:
     result says so."""
     replace: bool = False
     """Replace results of other settings in OUT/TASK; without it they are refused."""
-    finetune: Annotated[str, tyro.conf.arg(metavar="ENCODER")] = ""
-    """Also train this encoder itself, jointly with the head, on the same cases, splits, seeds and ratios (paper sec.
-    4.4), named as for extract; its results stand beside the others as NAME-finetuned. A killed run goes on with the
-    next training."""
-    prepared: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """Folder made by `braindino prepare` that holds the scans, for --finetune."""
-    finetuning: Finetuning = field(default_factory=Finetuning)
-    """Of --finetune."""
     device: str = "auto"
     """Where heads are trained, and encoders with --finetune: `auto`, `cpu`, `cuda`..."""
 
@@ -110,12 +95,90 @@ class EvaluateConfig:
             raise ValueError("--features: found none; expected one folder or more")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds: found {self.seeds}; expected one or more, each once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(QuestionConfig):
+    """Train light heads on frozen features and score them on subjects never seen, beside trivial baselines.
+
+    TASK is a row of the table of tasks (`braindino tasks` lists them) or a YAML file of the same form:
+    docs/evaluate.md. The results are a folder that `braindino reproduce` can repeat.
+    """
+
+    ratios: tuple[float, ...] = RATIOS
+    """Shares of the training subjects to train on; smaller sets lie in larger ones."""
+    permutations: int = 20
+    """Times that the head is also trained on permuted labels, with all training subjects: a check that nothing but the
+    labels makes the score. 0: not at all. An encoder is not fine-tuned on them."""
+    finetune: Annotated[str, tyro.conf.arg(metavar="ENCODER")] = ""
+    """Also train this encoder itself, jointly with the head, on the same cases, splits, seeds and ratios (paper sec.
+    4.4), named as for extract; its results stand beside the others as NAME-finetuned. A killed run goes on with the
+    next training."""
+    prepared: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder made by `braindino prepare` that holds the scans, for --finetune."""
+    finetuning: Finetuning = field(default_factory=Finetuning)
+    """Of --finetune."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.ratios or not all(0 < ratio <= 1 for ratio in self.ratios):
             raise ValueError(f"--ratios: found {self.ratios}; expected shares above 0 and up to 1")
         if self.permutations < 0:
             raise ValueError(f"--permutations: found {self.permutations}; expected 0 or more")
         if bool(self.finetune) != (self.prepared is not None):
             raise ValueError("--finetune ENCODER and --prepared DIR belong together: it is trained from volumes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessConfig(QuestionConfig):
+    """Train the heads of a task on clean scans, as evaluate does, and ask them about perturbed ones (paper sec. 4.5).
+
+    Nothing is trained on a perturbed scan. docs/robustness.md has the way from `braindino perturb` to here.
+    """
+
+    conditions: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder with a folder of features for every condition and encoder: DIR/gamma-0.5/NAME, made by extract, with NAME
+    that of the encoder's folder in --features. A folder called clean there is passed over."""
+    ratio: float = 1.0
+    """Share of the training subjects to train on (the paper: all)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"--ratio: found {self.ratio}; expected a share above 0 and up to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepresentConfig:
+    """Compare how encoders describe the same scans, from their features (paper sec. 4.6): layer-wise linear CKA of
+    every two, how their features are spread, whether neighbours share a cohort, and who the neighbours of a scan are.
+    """
+
+    features: tuple[Path, ...]
+    """Feature folders made by extract, one per encoder; the scans that all of them have are compared."""
+    out: Path
+    """Folder of the tables."""
+    sequences: tuple[str, ...] = ()
+    """Only scans of these sequences, such as `T1 T2`; by default all. Where subjects have several, much of what differs
+    between scans is the sequence."""
+    per_cohort: Annotated[int, tyro.conf.arg(metavar="N")] = 1000
+    """The first N scans of each cohort, in the order of subjects and without shuffling, as in the paper; 0: all."""
+    neighbours: Annotated[int, tyro.conf.arg(metavar="K")] = 10
+    """How many nearest scans, or slices."""
+    queries: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SCAN[:SLICE]")] = ()
+    """Whose neighbours to list: paths as in scans.tsv, or scan ids, with `:SLICE` for one slice of the features' S,
+    counted from 0 at the bottom. By default the first scan of each cohort. For slices the features of all slices are
+    read into memory: 0.4 GB for 1,000 scans of ViT-B."""
+    replace: bool = False
+    """Replace results of other settings in OUT; without it they are refused."""
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise ValueError("--features: found none; expected one folder or more")
+        if self.per_cohort < 0:
+            raise ValueError(f"--per-cohort: found {self.per_cohort}; expected 0 (all) or more")
+        if self.neighbours < 1:
+            raise ValueError(f"--neighbours: found {self.neighbours}; expected 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,9 +64,10 @@ def train_many_heads(
             for block, part in zip(blocks, track(done, total=len(blocks), desc="heads, by fours"), strict=True):
                 outputs[block] = part
         except BrokenProcessPool as error:
+            size = sum(block.nbytes for block in (features, *queries))
             raise ChildProcessError(
                 f"a process that trained heads died, most likely for want of memory: each of {processes} holds the "
-                f"features, {(features.nbytes + sum(block.nbytes for block in queries)) / 2**20:.0f} MiB; set OMP_NUM_THREADS=1 for one"
+                f"features, {size / 2**20:.0f} MiB; set OMP_NUM_THREADS=1 for one"
             ) from error
     return outputs
 

@@ -52,6 +52,11 @@ def reproduce(config: ReproduceConfig) -> list[str]:
         ValueError: cases or features are no longer those of the run.
     """
     run = read_run(config.run)
+    if "conditions" in run["settings"]:
+        raise ValueError(
+            f"{config.run}: results of `braindino robustness`; its command in run.json gives them again, with another "
+            "--out to compare"
+        )
     task = task_from(run["task"])
     tables = _open_tables(config, run["encoders"])
     cases = read_cases(config.run, task, next(iter(tables.values())).scans)

@@ -4,7 +4,9 @@ OUT/<task>/summary.tsv        every number beside its baselines (``braindino.tas
            comparisons.tsv    the first encoder against the others, over all cases and by stratum
            strata.tsv         the main metric by stratum (tasks with strata)
            survival.tsv       Kaplan-Meier medians above and below the training median risk, log-rank (survival)
+           survival_curves.tsv   the curves themselves, a row per time
            calibration.tsv    calibration lines (two classes, numbers)
+           reliability.tsv    predicted probabilities beside observed shares (two classes)
            <encoder>/predictions.csv   every test case of every trial
            <encoder>-finetuned/jobs/   outputs of each training of an encoder, with which a killed run goes on
            run.json           task, settings, encoders, hashes, versions, command
@@ -16,38 +18,50 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from braindino import task_tables
 from braindino.atomic import plain, write_json, write_text
+from braindino.downstream.calibration import Calibration
 from braindino.downstream.cases import Cases
 from braindino.downstream.intervals import Estimate
 from braindino.downstream.protocols import Job, Split
-from braindino.downstream.scoring import METRICS, Cell, Difference, Score
+from braindino.downstream.scoring import METRICS, Difference, Score, StratumScore, Survival
+from braindino.downstream.survival import SurvivalCurve
 from braindino.downstream.sweep import Results
 from braindino.downstream.task_table import Task, as_plain
 from braindino.downstream.trials import Trial
 from braindino.manifest import Scan
-from braindino.resampling import ITERATIONS
-from braindino.tables import read_table, write_table
+from braindino.tables import align, read_table, write_table
 from braindino.task_summary import write_task_summary
+from braindino.task_tables import (
+    CALIBRATION_FILE,
+    COMPARISONS_FILE,
+    HIGH_RISK,
+    LOW_RISK,
+    PREDICTIONS_FILE,
+    RELIABILITY_FILE,
+    STRATA_FILE,
+    SURVIVAL_CURVES_FILE,
+    SURVIVAL_FILE,
+    CalibrationRow,
+    ComparisonRow,
+    ReliabilityRow,
+    StratumRow,
+    SurvivalRow,
+    SurvivalStep,
+    number_text,
+    p_text,
+    write_rows,
+)
 
 FORMAT_VERSION = 2
 SIMULATED = "SIMULATED data"
-_COMPARISON_COLUMNS = (
-    "ratio", "variant", "stratum", "first", "second", "what", "difference", "low", "high", "p", "p_holm", "n", "method",
-)  # fmt: skip
-_SURVIVAL_COLUMNS = (
-    "encoder", "ratio", "group", "cases", "events", "median", "median_low", "median_high", "chi_squared", "p", "method",
-)  # fmt: skip
-_CALIBRATION_COLUMNS = (
-    "encoder", "what", "intercept", "intercept_low", "intercept_high", "slope", "slope_low", "slope_high", "subjects",
-    "method",
-)  # fmt: skip
 
 
 def write_tables(
@@ -65,32 +79,18 @@ def write_tables(
     """
     rows = summary_rows(task, cases, results, overlaps=overlaps, warnings=warnings)
     for encoder, trials in results.trials.items():
-        write_text(folder / encoder / "predictions.csv", _predictions(task, cases, trials))
-    write_table(folder / "comparisons.tsv", _COMPARISON_COLUMNS, map(_comparison_row, results.differences))
+        write_predictions(folder / encoder / "predictions.csv", task, cases, {"": trials})
+    write_rows(folder / COMPARISONS_FILE, ComparisonRow, map(_comparison_row, results.differences))
     if results.strata:
-        write_table(
-            folder / "strata.tsv",
-            ("encoder", "ratio", "variant", "stratum", "metric", "estimate", "low", "high", "subjects", "method"),
-            (
-                (s.encoder, *_cell(s.cell), s.stratum, s.metric, *_interval(s.value), s.value.n, s.value.method)
-                for s in results.strata
-            ),
-        )
+        write_rows(folder / STRATA_FILE, StratumRow, map(_stratum_row, results.strata))
     if results.survival:
-        write_table(
-            folder / "survival.tsv",
-            _SURVIVAL_COLUMNS,
-            _survival_rows(results),
-        )
+        write_rows(folder / SURVIVAL_FILE, SurvivalRow, _survival_rows(results))
+        write_rows(folder / SURVIVAL_CURVES_FILE, SurvivalStep, _survival_steps(results))
     if results.calibration:
-        write_table(
-            folder / "calibration.tsv",
-            _CALIBRATION_COLUMNS,
-            (
-                (encoder, c.what, *_interval(c.intercept), *_interval(c.slope), c.n, c.method)
-                for encoder, c in results.calibration.items()
-            ),
-        )
+        rows_of = (_calibration_row(encoder, each) for encoder, each in results.calibration.items())
+        write_rows(folder / CALIBRATION_FILE, CalibrationRow, rows_of)
+    if results.reliability:
+        write_rows(folder / RELIABILITY_FILE, ReliabilityRow, _reliability_rows(task, results))
     # Last: a folder with a summary has everything.
     write_task_summary(folder / "summary.tsv", rows)
     return rows
@@ -265,8 +265,28 @@ def read_jobs(folder: Path, cases: Cases) -> list[Job]:
 
 def read_predictions(folder: Path, encoder: str) -> list[dict[str, str]]:
     """The rows of an encoder's predictions.csv."""
-    with (folder / encoder / "predictions.csv").open(newline="", encoding="utf-8") as handle:
-        return list(csv.DictReader(handle))
+    return task_tables.read_predictions(folder / encoder / PREDICTIONS_FILE)
+
+
+def write_predictions(path: Path, task: Task, cases: Cases, trials_of: Mapping[str, Sequence[Trial]]) -> None:
+    """Write every test case of every trial; under several conditions with a first column that names them.
+
+    Args:
+        path: the file.
+        task: row of the table of tasks.
+        cases: of the task.
+        trials_of: condition -> trials; "" alone where there are no conditions.
+    """
+    buffer = io.StringIO()
+    writer: csv.DictWriter[str] | None = None
+    for condition, trials in trials_of.items():
+        for cells in _predictions(task, cases, trials):
+            row = cells if list(trials_of) == [""] else {"condition": condition} | cells
+            if writer is None:
+                writer = csv.DictWriter(buffer, list(row), lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(row)
+    write_text(path, buffer.getvalue())
 
 
 def summary_rows(
@@ -291,6 +311,11 @@ def summary_rows(
     # Stable: within a ratio and variant the metrics keep the task's order.
     cells = list(dict.fromkeys((row["ratio"], row["variant"]) for row in rows))
     return sorted(rows, key=lambda row: (cells.index((row["ratio"], row["variant"])), order[row["encoder"]]))
+
+
+def metric_label(task: Task, metric: str) -> str:
+    """``mae (years)``: a metric with the unit that it has."""
+    return f"{metric} ({task.target.unit})" if task.target.unit and metric in ("mae", "rmse") else metric
 
 
 def format_summary(rows: Sequence[Mapping[str, str]]) -> str:
@@ -322,7 +347,7 @@ def format_summary(rows: Sequence[Mapping[str, str]]) -> str:
         )
         for row in rows
     ]
-    return _aligned([header, *lines])
+    return align([header, *lines])
 
 
 def format_differences(differences: Sequence[Difference]) -> str:
@@ -331,7 +356,7 @@ def format_differences(differences: Sequence[Difference]) -> str:
     if not chosen:
         return ""
     header = ("comparison", "ratio", "", "of", "difference [95 %]", "p", "p (Holm)", "")
-    return _aligned(
+    return align(
         [
             header,
             *(
@@ -340,9 +365,10 @@ def format_differences(differences: Sequence[Difference]) -> str:
                     f"{d.cell.ratio:g}",
                     d.cell.variant,
                     d.comparison.what,
-                    f"{_number(d.comparison.difference)} [{_number(d.comparison.low)}, {_number(d.comparison.high)}]",
-                    _p(d.comparison.p),
-                    _p(d.p_holm),
+                    f"{number_text(d.comparison.difference)} "
+                    f"[{number_text(d.comparison.low)}, {number_text(d.comparison.high)}]",
+                    p_text(d.comparison.p),
+                    p_text(d.p_holm),
                     d.comparison.method.partition(",")[0].partition(";")[0],
                 )
                 for d in chosen
@@ -383,13 +409,12 @@ def _is_simulated(folder: Path) -> bool:
 
 
 def _summary_row(task: Task, cases: Cases, encoder: str, score: Score, results: Results) -> dict[str, str]:
-    in_unit = bool(task.target.unit) and score.metric in ("mae", "rmse")
     names = ("estimate", "low", "high")
     row = {
         "encoder": encoder,
         "ratio": f"{score.cell.ratio:g}",
         "variant": score.cell.variant,
-        "metric": score.metric + (f" ({task.target.unit})" if in_unit else ""),
+        "metric": metric_label(task, score.metric),
         **dict(zip(names, _interval(score.value), strict=True)),
         **dict(zip(("baseline", "baseline_low", "baseline_high"), _interval(score.baseline), strict=True)),
         "baseline_name": METRICS[score.metric].baseline_name,
@@ -405,69 +430,152 @@ def _summary_row(task: Task, cases: Cases, encoder: str, score: Score, results: 
     permuted = results.permutations.get(encoder)
     fullest = max(results.scores[encoder], key=lambda each: each.cell.ratio)
     if permuted is not None and (score.cell, score.metric) == (fullest.cell, task.metrics[0]):
-        row["permutation_p"] = _p(permuted.p)
+        row["permutation_p"] = p_text(permuted.p)
     return row
 
 
-def _comparison_row(difference: Difference) -> tuple[object, ...]:
+def _comparison_row(difference: Difference) -> ComparisonRow:
     c = difference.comparison
-    return (
-        f"{difference.cell.ratio:g}", difference.cell.variant, difference.stratum, difference.first, difference.second,
-        c.what, _number(c.difference), _number(c.low), _number(c.high), _p(c.p), _p(difference.p_holm), c.n, c.method,
-    )  # fmt: skip
+    return ComparisonRow(
+        ratio=difference.cell.ratio,
+        variant=difference.cell.variant,
+        stratum=difference.stratum,
+        first=difference.first,
+        second=difference.second,
+        what=c.what,
+        difference=c.difference,
+        low=c.low,
+        high=c.high,
+        p=c.p,
+        p_holm=difference.p_holm,
+        n=c.n,
+        method=c.method,
+    )
 
 
-def _survival_rows(results: Results) -> list[tuple[object, ...]]:
-    rows: list[tuple[object, ...]] = []
+def _stratum_row(score: StratumScore) -> StratumRow:
+    return StratumRow(
+        encoder=score.encoder,
+        ratio=score.cell.ratio,
+        variant=score.cell.variant,
+        stratum=score.stratum,
+        metric=score.metric,
+        estimate=score.value.estimate,
+        low=score.value.low,
+        high=score.value.high,
+        subjects=score.value.n,
+        method=score.value.method,
+    )
+
+
+def _survival_rows(results: Results) -> list[SurvivalRow]:
+    rows = []
     for found in results.survival:
-        groups, test = found.groups, found.groups.log_rank
-        for name, curve in (("high risk", groups.high_risk), ("low risk", groups.low_risk)):
-            numbers: tuple[object, ...] = (0, 0, "n/a", "n/a", "n/a")
-            if curve is not None:
-                medians = (curve.median, curve.median_low, curve.median_high)
-                numbers = (curve.n, int(curve.num_events.sum()), *(_number(median) for median in medians))
-            ends = (_number(test.statistic), _p(test.p), test.method)
-            rows.append((found.encoder, f"{found.cell.ratio:g}", name, *numbers, *ends))
+        test = found.groups.log_rank
+        for name, curve in _risk_groups(found):
+            rows.append(
+                SurvivalRow(
+                    encoder=found.encoder,
+                    ratio=found.cell.ratio,
+                    group=name,
+                    cases=0 if curve is None else curve.n,
+                    events=0 if curve is None else int(curve.num_events.sum()),
+                    median=np.nan if curve is None else curve.median,
+                    median_low=np.nan if curve is None else curve.median_low,
+                    median_high=np.nan if curve is None else curve.median_high,
+                    chi_squared=test.statistic,
+                    p=test.p,
+                    method=test.method,
+                )
+            )
     return rows
 
 
-def _predictions(task: Task, cases: Cases, trials: Sequence[Trial]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    targets = ("time", "event") if task.target.kind == "survival" else ("target",)
-    with_probabilities = trials[0].prediction.probabilities is not None
-    classes = [f"probability_{name}" for name in task.target.classes] if with_probabilities else []
-    writer.writerow(
-        (
-            "split",
-            "seed",
-            "ratio",
-            "variant",
-            "case",
-            "subject",
-            *targets,
-            "predicted",
-            *classes,
-            "baseline",
-            "clinical",
-        )
-        + (("above_cut",) if task.target.kind == "survival" else ())
+def _survival_steps(results: Results) -> list[SurvivalStep]:
+    rows = []
+    for found in results.survival:
+        for name, curve in _risk_groups(found):
+            if curve is None:
+                continue
+            after = np.append(curve.at_risk[1:], 0)
+            for place, time in enumerate(curve.times.tolist()):
+                rows.append(
+                    SurvivalStep(
+                        encoder=found.encoder,
+                        ratio=found.cell.ratio,
+                        group=name,
+                        time=time,
+                        at_risk=int(curve.at_risk[place]),
+                        events=int(curve.num_events[place]),
+                        left=int(curve.at_risk[place] - curve.num_events[place] - after[place]),
+                        survival=float(curve.survival[place]),
+                        low=float(curve.low[place]),
+                        high=float(curve.high[place]),
+                    )
+                )
+    return rows
+
+
+def _risk_groups(found: Survival) -> tuple[tuple[str, SurvivalCurve | None], tuple[str, SurvivalCurve | None]]:
+    return (HIGH_RISK, found.groups.high_risk), (LOW_RISK, found.groups.low_risk)
+
+
+def _calibration_row(encoder: str, found: Calibration) -> CalibrationRow:
+    return CalibrationRow(
+        encoder=encoder,
+        what=found.what,
+        intercept=found.intercept.estimate,
+        intercept_low=found.intercept.low,
+        intercept_high=found.intercept.high,
+        slope=found.slope.estimate,
+        slope_low=found.slope.low,
+        slope_high=found.slope.high,
+        subjects=found.n,
+        method=found.method,
     )
+
+
+def _reliability_rows(task: Task, results: Results) -> list[ReliabilityRow]:
+    return [
+        ReliabilityRow(
+            encoder=encoder,
+            positive=task.target.classes[1],
+            low=each.low,
+            high=each.high,
+            n=each.n,
+            mean_predicted=each.mean_predicted,
+            observed_share=each.observed_share,
+        )
+        for encoder, bins in results.reliability.items()
+        for each in bins
+    ]
+
+
+def _predictions(task: Task, cases: Cases, trials: Sequence[Trial]) -> Iterator[dict[str, object]]:
+    """Column -> cell, a test case of a trial after the other."""
     for trial in trials:
         prediction, clinical = trial.prediction, trial.beside.clinical
         shown = prediction.targets.reshape(len(prediction.rows), -1)
         for index, row in enumerate(prediction.rows):
-            cells: list[object] = [trial.job.split, trial.job.seed, f"{trial.job.ratio:g}", trial.variant]
-            cells += [cases.ids[row], cases.subjects[row], *(_target_text(task, value) for value in shown[index])]
-            cells.append(_predicted_text(task, prediction.predicted[index]))
+            cells: dict[str, object] = {
+                "split": trial.job.split,
+                "seed": trial.job.seed,
+                "ratio": f"{trial.job.ratio:g}",
+                "variant": trial.variant,
+                "case": cases.ids[row],
+                "subject": cases.subjects[row],
+            }
+            targets = ("time", "event") if task.target.kind == "survival" else ("target",)
+            cells |= {name: _target_text(task, value) for name, value in zip(targets, shown[index], strict=True)}
+            cells["predicted"] = _predicted_text(task, prediction.predicted[index])
             if prediction.probabilities is not None:
-                cells += [f"{p:.9g}" for p in prediction.probabilities[index]]
-            cells.append(_predicted_text(task, trial.beside.trivial.predicted[index]))
-            cells.append("" if clinical is None else _predicted_text(task, clinical.predicted[index]))
+                names = (f"probability_{name}" for name in task.target.classes)
+                cells |= {n: f"{p:.9g}" for n, p in zip(names, prediction.probabilities[index], strict=True)}
+            cells["baseline"] = _predicted_text(task, trial.beside.trivial.predicted[index])
+            cells["clinical"] = "" if clinical is None else _predicted_text(task, clinical.predicted[index])
             if task.target.kind == "survival":
-                cells.append(f"{prediction.predicted[index] - trial.risk_cut:.9g}")
-            writer.writerow(cells)
-    return buffer.getvalue()
+                cells["above_cut"] = f"{prediction.predicted[index] - trial.risk_cut:.9g}"
+            yield cells
 
 
 def _target_text(task: Task, value: float) -> str:
@@ -478,26 +586,5 @@ def _predicted_text(task: Task, value: float) -> str:
     return task.target.classes[int(value)] if task.target.kind == "class" else f"{value:.9g}"
 
 
-def _cell(cell: Cell) -> tuple[str, str]:
-    return f"{cell.ratio:g}", cell.variant
-
-
 def _interval(estimate: Estimate) -> tuple[str, str, str]:
-    return _number(estimate.estimate), _number(estimate.low), _number(estimate.high)
-
-
-def _number(value: float) -> str:
-    return "n/a" if np.isnan(value) else f"{value:.3f}"
-
-
-def _p(value: float) -> str:
-    if value == 0:  # of a bootstrap
-        return f"<{1 / ITERATIONS:g}"
-    return "n/a" if np.isnan(value) else f"{value:.2g}" if value >= 0.001 else f"{value:.1e}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return number_text(estimate.estimate), number_text(estimate.low), number_text(estimate.high)

@@ -183,10 +183,7 @@ def score_encoders(task: Task, cases: Cases, trials_of: Mapping[str, Sequence[Tr
         scores[encoder] = []
         for cell, of_cell in by_cell(trials).items():
             for name in task.metrics:
-                # The paper's interval of the kNN accuracy keeps the counts of the classes (sec. 4.7).
-                estimate = _Estimator(
-                    cases, METRICS[name], [t.job.split for t in of_cell], by_class=task.knn is not None
-                )
+                estimate = _estimator(task, cases, name, of_cell)
                 if (cell.ratio, name) not in known:
                     clinical = [t.beside.clinical for t in of_cell if t.beside.clinical is not None]
                     known[cell.ratio, name] = (
@@ -216,13 +213,12 @@ def compare_encoders(task: Task, cases: Cases, trials_of: Mapping[str, Sequence[
     over the other encoders of a cell; for nearest neighbours over the k of a pair of encoders (paper sec. 4.6).
     """
     names = list(trials_of)
-    metric = METRICS[task.metrics[0]]
     cells = {name: by_cell(trials) for name, trials in trials_of.items()}
     found: list[tuple[object, Cell, str, Comparison]] = []
     for cell, first in cells[names[0]].items():
         for other in names[1:]:
             second = cells[other][cell]
-            for number, comparison in enumerate(_compare(task, cases, metric, first, second)):
+            for number, comparison in enumerate(compare_trials(task, cases, task.metrics[0], first, second)):
                 family = (other, cell.ratio, number) if task.knn else (cell, number)
                 found.append((family, cell, other, comparison))
     adjusted = holm([comparison.p for *_, comparison in found], strata=[family for family, *_ in found])
@@ -230,6 +226,40 @@ def compare_encoders(task: Task, cases: Cases, trials_of: Mapping[str, Sequence[
         Difference(cell, names[0], other, "", comparison, p)
         for (_, cell, other, comparison), p in zip(found, adjusted, strict=True)
     ]
+
+
+def estimate_metric(task: Task, cases: Cases, name: str, trials: Sequence[Trial]) -> Estimate:
+    """A metric of one cell with its interval, as ``score_encoders`` has it."""
+    return _estimator(task, cases, name, trials)([trial.prediction for trial in trials])
+
+
+def compare_trials(
+    task: Task, cases: Cases, name: str, first: Sequence[Trial], second: Sequence[Trial]
+) -> list[Comparison]:
+    """Two sides of one cell by a metric, first minus second, on the same jobs and test cases.
+
+    Several test sets: paired t over splits, plain and corrected. One test set: for the MAE paired t on subjects'
+    absolute errors, for the accuracy of nearest neighbours exact McNemar, for everything else paired bootstrap.
+    """
+    splits = [trial.job.split for trial in first]
+    predictions = [[trial.prediction for trial in trials] for trials in (first, second)]
+    if len(set(splits)) > 1:
+        values = [_values_of_splits(METRICS[name], each, splits) for each in predictions]
+        num_test = len({cases.subjects[row] for row in first[0].job.test})
+        return [
+            comparisons.paired_t_over_splits(*values, what=name),
+            comparisons.corrected_t_over_splits(
+                *values, num_train=first[0].job.num_train_units, num_test=num_test, what=name
+            ),
+        ]
+    if task.knn is not None and name == "accuracy":
+        # Seeds differ in who is in the memory bank; the test is on the first.
+        one, other = first[0].prediction, second[0].prediction
+        subjects = [cases.subjects[row] for row in one.rows]
+        return [
+            comparisons.mcnemar(one.predicted == one.targets, other.predicted == other.targets, subjects, what=name)
+        ]
+    return [_compare_pooled(cases, name, *predictions, flip=False)]
 
 
 def score_strata(
@@ -255,7 +285,7 @@ def score_strata(
                 statistic, subjects = _pooled(cases, METRICS[name], predictions)
                 scores.append(StratumScore(cell, encoder, stratum, name, bootstrap_interval(statistic, subjects)))
             for other in encoders[1:]:
-                comparison = _compare_pooled(task, cases, METRICS[name], kept[encoders[0]], kept[other], flip=True)
+                comparison = _compare_pooled(cases, name, kept[encoders[0]], kept[other], flip=True)
                 found.append(((cell, stratum), cell, other, stratum, comparison))
     adjusted = holm([comparison.p for *_, comparison in found], strata=[family for family, *_ in found])
     return scores, [
@@ -308,6 +338,11 @@ def subjects_of(cases: Cases, predictions: Iterable[Prediction]) -> np.ndarray:
     return np.concatenate([np.array(cases.subjects)[prediction.rows] for prediction in predictions])
 
 
+def _estimator(task: Task, cases: Cases, name: str, trials: Sequence[Trial]) -> "_Estimator":
+    # The paper's interval of the kNN accuracy keeps the counts of the classes (sec. 4.7).
+    return _Estimator(cases, METRICS[name], [trial.job.split for trial in trials], by_class=task.knn is not None)
+
+
 class _Estimator:
     """The value and interval of one metric over the trials of a cell."""
 
@@ -349,64 +384,18 @@ def _pooled(
     return statistic, subjects
 
 
-def _compare(
-    task: Task, cases: Cases, metric: Metric, first: Sequence[Trial], second: Sequence[Trial]
-) -> list[Comparison]:
-    name = task.metrics[0]
-    splits = [trial.job.split for trial in first]
-    predictions = [[trial.prediction for trial in trials] for trials in (first, second)]
-    if len(set(splits)) > 1:
-        values = [_values_of_splits(metric, each, splits) for each in predictions]
-        num_test = len({cases.subjects[row] for row in first[0].job.test})
-        return [
-            comparisons.paired_t_over_splits(*values, what=name),
-            comparisons.corrected_t_over_splits(
-                *values, num_train=first[0].job.num_train_units, num_test=num_test, what=name
-            ),
-        ]
-    if task.knn is not None:
-        # Seeds differ in who is in the memory bank; the test is on the first.
-        one, other = first[0].prediction, second[0].prediction
-        subjects = [cases.subjects[row] for row in one.rows]
-        return [
-            comparisons.mcnemar(one.predicted == one.targets, other.predicted == other.targets, subjects, what=name)
-        ]
-    return [_compare_pooled(task, cases, metric, *predictions, flip=False)]
-
-
 def _compare_pooled(
-    task: Task,
-    cases: Cases,
-    metric: Metric,
-    first: Sequence[Prediction],
-    second: Sequence[Prediction],
-    *,
-    flip: bool,
+    cases: Cases, name: str, first: Sequence[Prediction], second: Sequence[Prediction], *, flip: bool
 ) -> Comparison:
-    name = task.metrics[0]
-    if task.target.kind == "number":
+    if name == "mae":
         one, other = (np.concatenate([np.abs(p.predicted - p.targets) for p in each]) for each in (first, second))
         subjects = subjects_of(cases, first)
         test = comparisons.sign_flip if flip else comparisons.paired_t
         return test(one, other, subjects, what="absolute error")
-    statistic, subjects = _pooled(cases, metric, first)
-    return comparisons.paired_bootstrap(statistic, _pooled(cases, metric, second)[0], subjects, what=name)
+    statistic, subjects = _pooled(cases, METRICS[name], first)
+    return comparisons.paired_bootstrap(statistic, _pooled(cases, METRICS[name], second)[0], subjects, what=name)
 
 
 def _restricted(trials: Sequence[Trial], rows: np.ndarray) -> list[Prediction]:
     """The predictions about some of the cases; those about none of them are left away."""
-    kept = []
-    for trial in trials:
-        prediction = trial.prediction
-        inside = np.isin(prediction.rows, rows)
-        if inside.any():
-            probabilities = prediction.probabilities
-            kept.append(
-                Prediction(
-                    prediction.rows[inside],
-                    prediction.targets[inside],
-                    prediction.predicted[inside],
-                    None if probabilities is None else probabilities[inside],
-                )
-            )
-    return kept
+    return [about for trial in trials if len((about := trial.prediction.about(rows)).rows)]

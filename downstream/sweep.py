@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from braindino.downstream.calibration import Calibration, calibrate_probabilities, calibrate_values
+from braindino.downstream.calibration import (
+    Calibration,
+    ReliabilityBin,
+    calibrate_probabilities,
+    calibrate_values,
+    reliability_table,
+)
 from braindino.downstream.cases import Cases
 from braindino.downstream.comparisons import LabelPermutation
 from braindino.downstream.protocols import Job
@@ -39,6 +45,7 @@ class Results:
         survival: groups of risk.
         permutations: encoder -> the first metric beside permuted labels; empty where none were asked for.
         calibration: encoder -> of the cell with the most labels; for two classes and for numbers.
+        reliability: encoder -> of that cell, predicted probability beside observed share; for two classes.
     """
 
     trials: Mapping[str, list[Trial]]
@@ -48,6 +55,7 @@ class Results:
     survival: list[Survival]
     permutations: Mapping[str, LabelPermutation]
     calibration: Mapping[str, Calibration]
+    reliability: Mapping[str, tuple[ReliabilityBin, ...]]
 
 
 def run_sweep(
@@ -97,6 +105,9 @@ def run_sweep(
             for encoder, of_encoder in trials.items()
             if (calibration := calibrate(task, cases, of_encoder)) is not None
         },
+        reliability={
+            encoder: bins for encoder, of_encoder in trials.items() if (bins := bin_probabilities(task, of_encoder))
+        },
     )
 
 
@@ -112,3 +123,13 @@ def calibrate(task: Task, cases: Cases, trials: Sequence[Trial]) -> Calibration 
         return None
     positive = np.concatenate([p.probabilities[:, 1] for p in predictions if p.probabilities is not None])
     return calibrate_probabilities(targets == 1, positive, subjects)
+
+
+def bin_probabilities(task: Task, trials: Sequence[Trial]) -> tuple[ReliabilityBin, ...]:
+    """Predicted probability beside observed share over the trials with the most labels; empty but for two classes."""
+    cells = by_cell(trials)
+    predictions = [trial.prediction for trial in cells[max(cells)]]
+    if task.knn is not None or len(task.target.classes) != 2:
+        return ()
+    positive = np.concatenate([p.probabilities[:, 1] for p in predictions if p.probabilities is not None])
+    return reliability_table(np.concatenate([prediction.targets for prediction in predictions]) == 1, positive)

@@ -3,6 +3,7 @@ them: the trivial predictor, clinical facts alone, and the same heads on permute
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,16 @@ class Prediction:
     predicted: np.ndarray
     probabilities: np.ndarray | None = None
 
+    def about(self, rows: np.ndarray) -> "Prediction":
+        """What it says of those of its cases that are among ``rows``."""
+        inside = np.isin(self.rows, rows)
+        return Prediction(
+            self.rows[inside],
+            self.targets[inside],
+            self.predicted[inside],
+            None if self.probabilities is None else self.probabilities[inside],
+        )
+
 
 @dataclass(frozen=True)
 class References:
@@ -49,6 +60,18 @@ class References:
     trivial: Prediction
     clinical: Prediction | None
     clinical_note: str
+
+
+class OtherFeatures(NamedTuple):
+    """Features of some of the cases as they are under other circumstances.
+
+    Attributes:
+        rows: (q,) indices of the cases, each once.
+        features: (q, ...) as those of the cases.
+    """
+
+    rows: np.ndarray
+    features: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -121,9 +144,44 @@ def run_trials(
         references: of each job.
         device: where heads are trained.
     """
+    return run_trials_on(task, features, cases, jobs, references, others=[], device=device)[0]
+
+
+def run_trials_on(
+    task: Task,
+    features: np.ndarray,
+    cases: Cases,
+    jobs: Sequence[Job],
+    references: Sequence[References],
+    *,
+    others: Sequence[OtherFeatures],
+    device: torch.device,
+) -> list[list[Trial]]:
+    """The trials of ``run_trials``, and after them for each of ``others`` what the very same heads, or nearest
+    neighbours in the same memory banks, say of the test cases by their other features.
+
+    The first are the same bit by bit, whatever the others are. A trial on others is about those of its job's test cases
+    that the others have; one without any is left away.
+    """
+    # As many rows as there are cases, each in its place: a case whose features are the same gets the same output.
+    asked = [features.copy() for _ in others]
+    for other, rows in zip(others, asked, strict=True):
+        rows[other.rows] = other.features
     if task.knn is not None:
-        return _knn_trials(task, features, cases, jobs, references)
-    return trials_of(task, _train(task, features, cases.targets, jobs, device=device), cases, jobs, references)
+        trials = [_knn_trials(task, features, cases, jobs, references, asked=rows) for rows in (features, *asked)]
+    else:
+        outputs = _train(task, features, cases.targets, jobs, queries=asked, device=device)
+        own, *of_others = np.split(outputs, 1 + len(others), axis=1)
+        trials = [trials_of(task, own, cases, jobs, references)]
+        for output in of_others:
+            # The median risk of the training cases is that of their own features.
+            for number, job in enumerate(jobs):
+                output[number, job.train] = own[number, job.train]
+            trials.append(trials_of(task, output, cases, jobs, references))
+    return [trials[0]] + [
+        [_about(task, cases, trial, other.rows) for trial in each if np.isin(trial.prediction.rows, other.rows).any()]
+        for other, each in zip(others, trials[1:], strict=True)
+    ]
 
 
 def trials_of(
@@ -169,7 +227,7 @@ def permuted_predictions(
         return [_prediction(task, cases, job, output[job.test]) for output in outputs]
     predictions = []
     for targets in dealt:
-        (predicted,) = _neighbours(task, features, targets, job, [trial.k]).values()
+        (predicted,) = _neighbours(task, features, targets, job, [trial.k], asked=features).values()
         predictions.append(Prediction(job.test, cases.targets[job.test], predicted))
     return predictions
 
@@ -211,10 +269,29 @@ def count_far_outside(train_targets: np.ndarray, predicted: np.ndarray) -> int:
     return int(((predicted < low - margin) | (predicted > high + margin)).sum())
 
 
+def _about(task: Task, cases: Cases, trial: Trial, rows: np.ndarray) -> Trial:
+    """The trial on those of its test cases that are among ``rows``."""
+    prediction, beside = trial.prediction.about(rows), trial.beside
+    clinical = None if beside.clinical is None else beside.clinical.about(rows)
+    restricted = replace(
+        trial, prediction=prediction, beside=References(beside.trivial.about(rows), clinical, beside.clinical_note)
+    )
+    if task.target.kind == "number":
+        far = count_far_outside(cases.targets[trial.job.train], prediction.predicted)
+        restricted = replace(restricted, num_far_outside=far)
+    return restricted
+
+
 def _train(
-    task: Task, features: np.ndarray, targets: np.ndarray, jobs: Sequence[Job], *, device: torch.device
+    task: Task,
+    features: np.ndarray,
+    targets: np.ndarray,
+    jobs: Sequence[Job],
+    *,
+    queries: Sequence[np.ndarray] = (),
+    device: torch.device,
 ) -> np.ndarray:
-    """(jobs, n, K) outputs of all cases; ``targets`` as for ``train_heads``."""
+    """(jobs, n, K) outputs of all cases, and of the queries after them; arguments as for ``train_heads``."""
     return train_many_heads(
         features,
         targets,
@@ -223,6 +300,7 @@ def _train(
         num_outputs=task.target.num_outputs,
         head=task.head,
         training=task.training,
+        queries=queries,
         device=device,
     )
 
@@ -235,8 +313,15 @@ def _prediction(task: Task, cases: Cases, job: Job, output: np.ndarray) -> Predi
 
 
 def _knn_trials(
-    task: Task, features: np.ndarray, cases: Cases, jobs: Sequence[Job], references: Sequence[References]
+    task: Task,
+    features: np.ndarray,
+    cases: Cases,
+    jobs: Sequence[Job],
+    references: Sequence[References],
+    *,
+    asked: np.ndarray,
 ) -> list[Trial]:
+    """A trial for every job and every k; the memory bank is of ``features``, the queries are of ``asked``."""
     assert task.knn is not None
     smallest: dict[float, int] = {}
     for job in jobs:
@@ -245,19 +330,24 @@ def _knn_trials(
         Trial(job, f"k={k}", Prediction(job.test, cases.targets[job.test], predicted), beside, k=k)
         for job, beside in zip(jobs, references, strict=True)
         for k, predicted in _neighbours(
-            task, features, cases.targets, job, [k for k in task.knn.neighbours if k <= smallest[job.ratio]]
+            task,
+            features,
+            cases.targets,
+            job,
+            [k for k in task.knn.neighbours if k <= smallest[job.ratio]],
+            asked=asked,
         ).items()
     ]
 
 
 def _neighbours(
-    task: Task, features: np.ndarray, targets: np.ndarray, job: Job, neighbours: Sequence[int]
+    task: Task, features: np.ndarray, targets: np.ndarray, job: Job, neighbours: Sequence[int], *, asked: np.ndarray
 ) -> dict[int, np.ndarray]:
     """k -> classes of the job's test cases."""
     return knn_predict(
         features[job.train],
         targets[job.train],
-        features[job.test],
+        asked[job.test],
         neighbours=neighbours,
         num_classes=len(task.target.classes),
     )

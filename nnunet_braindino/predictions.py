@@ -47,6 +47,7 @@ def find_predictions(
     references: Path | None = None,
     folds: Sequence[int] = (),
     checkpoint: Checkpoint | None = None,
+    complete: bool = True,
 ) -> PredictionSet:
     """The predictions at ``path``.
 
@@ -57,6 +58,7 @@ def find_predictions(
         references: folder of reference label maps; by default labelsTr of the model's dataset.
         folds: of a model folder; by default all that were validated.
         checkpoint: that made the predictions, where they do not say so themselves.
+        complete: whether a folder of predictions must hold all cases that have a reference.
 
     Raises:
         ValueError: there is nothing to score, a prediction is missing, the training is not finished, or the predictions
@@ -79,11 +81,11 @@ def find_predictions(
     if not truths:
         raise ValueError(f"{references}: no *{FILE_ENDING} in it; expected the reference label maps")
     missing = [f"{case}{FILE_ENDING}" for case in truths if case not in files]
-    if missing:
+    if len(missing) == len(truths) or (missing and complete):
         raise ValueError(f"{path}: {len(missing)} of {len(truths)} cases have no prediction, e.g. {missing[0]}")
     return PredictionSet(
         name or path.name,
-        {case: files[case] for case in truths},
+        {case: files[case] for case in truths if case in files},
         references,
         _read_regions(path / "dataset.json", references.parent / "dataset.json"),
         _checkpoint(path, [path], checkpoint),

@@ -10,8 +10,10 @@ from typing import Annotated
 import tyro
 
 from braindino.atomic import replace_file, write_text
+from braindino.robustness_table import format_robustness, write_robustness
 from braindino.segmentation_scores import write_comparisons, write_overview, write_scores
 from braindino.tables import read_table
+from nnunet_braindino.condition_scores import find_condition_sets, robustness_rows, score_condition_sets
 from nnunet_braindino.evaluate import EmptyRules, compare, score_predictions
 from nnunet_braindino.overlay import write_overlays
 from nnunet_braindino.predictions import Checkpoint, PredictionSet, find_predictions, label_ratio
@@ -28,11 +30,15 @@ class SegmentEval:
     set in a folder of its name; of trainers with label ratios (..._r10 to ..._r80 and all) label_ratios.png and .tsv.
     """
 
-    predictions: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTIONS")]
+    predictions: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PREDICTIONS")] = ()
     """nnU-Net model folders (TRAINER__PLANS__CONFIGURATION), whose validation predictions are scored, or folders that
     nnUNetv2_predict wrote."""
     out: Path
     """Folder for the results."""
+    conditions: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Instead of PREDICTIONS: a folder with predictions on clean and on perturbed scans, DIR/clean/MODEL and
+    DIR/gamma-0.5/MODEL, with --references. Writes OUT/robustness.tsv, every condition against the clean scans, and
+    OUT/MODEL/CONDITION/scores.json: docs/robustness.md."""
     references: Path | None = None
     """Folder of reference label maps, e.g. labelsTs; by default labelsTr of a model folder's dataset."""
     images: Path | None = None
@@ -65,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: SegmentEval) -> int:
+    if command.conditions is not None:
+        return _run_conditions(command, command.conditions)
     if not command.predictions:
         raise ValueError("found no predictions; expected model folders, or folders of predictions with --references")
     sets = _find_all(command)
@@ -73,7 +81,7 @@ def _run(command: SegmentEval) -> int:
     with_images = images.is_dir()
     scores = score_predictions(
         sets,
-        subject_of=_read_subjects(command.subjects) if command.subjects is not None else read_subject_of(dataset),
+        subject_of=_subjects(command, dataset),
         images=images if with_images else None,
         rules=command.empty,
         pretraining_overlap=read_overlap(dataset),
@@ -104,6 +112,27 @@ def _run(command: SegmentEval) -> int:
     return 0
 
 
+def _run_conditions(command: SegmentEval, folder: Path) -> int:
+    if command.predictions or command.references is None or command.names or command.folds:
+        raise ValueError("--conditions DIR goes with --references, without PREDICTIONS, --names and --folds")
+    dataset = command.references.resolve().parent
+    scores = score_condition_sets(
+        find_condition_sets(folder, references=command.references, checkpoint=command.checkpoint),
+        subject_of=_subjects(command, dataset),
+        rules=command.empty,
+        pretraining_overlap=read_overlap(dataset),
+        jobs=command.jobs,
+    )
+    for model, of_model in scores.items():
+        for condition, each in of_model.items():
+            write_scores(each, command.out / model / condition)
+    rows = robustness_rows(dataset.name, scores)
+    write_robustness(rows, command.out / "robustness.tsv")
+    print(format_robustness(rows))
+    print(f"written to {command.out}")
+    return 0
+
+
 def _find_all(command: SegmentEval) -> list[PredictionSet]:
     names = command.names or (None,) * len(command.predictions)
     if len(names) != len(command.predictions):
@@ -123,8 +152,10 @@ def _find_all(command: SegmentEval) -> list[PredictionSet]:
     ]
 
 
-def _read_subjects(path: Path) -> dict[str, str]:
-    return {row["case"]: row["subject"] for row in read_table(path, ("case", "subject")).rows}
+def _subjects(command: SegmentEval, dataset: Path) -> dict[str, str]:
+    if command.subjects is None:
+        return read_subject_of(dataset)
+    return {row["case"]: row["subject"] for row in read_table(command.subjects, ("case", "subject")).rows}
 
 
 def _images_beside(references: Path) -> Path:

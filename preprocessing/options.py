@@ -78,21 +78,30 @@ class PrepareOptions:
 
     def compiled_subject_pattern(self) -> re.Pattern[str] | None:
         """``subject_pattern``, ready to search; None when not given."""
-        if not self.subject_pattern:
-            return None
-        try:
-            pattern = re.compile(self.subject_pattern)
-        except re.error as error:
-            raise ValueError(f"--subject-pattern {self.subject_pattern!r}: {error}") from error
-        if "subject" not in pattern.groupindex or set(pattern.groupindex) - {"subject", "session", "sequence"}:
-            raise ValueError(
-                f"--subject-pattern {self.subject_pattern!r}: found groups {sorted(pattern.groupindex)}; "
-                "expected (?P<subject>...) and, if wanted, (?P<session>...) and (?P<sequence>...)"
-            )
-        return pattern
+        return compile_subject_pattern(self.subject_pattern)
 
     def num_jobs(self, num_gpus: int) -> int:
         """Processes to start, on a machine with so many GPUs to strip on."""
         if self.jobs is not None:
             return self.jobs
         return num_gpus or min(4, os.cpu_count() or 1)
+
+
+def compile_subject_pattern(text: str) -> re.Pattern[str] | None:
+    """The argument of ``--subject-pattern``, ready to search; None when not given.
+
+    Raises:
+        ValueError: it is no regular expression, or has other groups than expected.
+    """
+    if not text:
+        return None
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise ValueError(f"--subject-pattern {text!r}: {error}") from error
+    if "subject" not in pattern.groupindex or set(pattern.groupindex) - {"subject", "session", "sequence"}:
+        raise ValueError(
+            f"--subject-pattern {text!r}: found groups {sorted(pattern.groupindex)}; "
+            "expected (?P<subject>...) and, if wanted, (?P<session>...) and (?P<sequence>...)"
+        )
+    return pattern

@@ -25,6 +25,10 @@ THEME = {
     "series-2": ("#d55e00", "#f08a4b"),
     "series-3": ("#00845f", "#35c29a"),
     "series-4": ("#b0568c", "#e08fc0"),
+    "series-5": ("#b58900", "#dcb648"),
+    "series-6": ("#4b3b8f", "#9d8fe0"),
+    "series-7": ("#3a9bd1", "#86c9f0"),
+    "series-8": ("#6b4423", "#b98b66"),
     "neutral": ("#7c8792", "#8b96a2"),
 }
 VOID_ELEMENTS = frozenset({"br", "col", "hr", "img", "link", "meta"})

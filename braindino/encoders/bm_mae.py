@@ -54,15 +54,30 @@ class BMMAE(CubeEncoder):
             )
         return super().prepare(volume, sequence=sequence)
 
+    @property
+    def num_blocks(self) -> int:
+        return len(self.network.blocks)
+
+    @property
+    def depth_blocks(self) -> tuple[int, int, int]:
+        return self.blocks
+
     def _features(self, images: Tensor, sequences: Sequence[str | None]) -> CubeFeatures:
-        patches = torch.cat(
+        outputs = self.network.intermediate(self._tokenize(images, sequences), self.blocks)
+        norm = self.network.norm
+        cls = [output.cls for output in outputs if output.cls is not None]
+        early, mid, late = (norm(token) if self.inner_norm else token for token in cls)
+        return CubeFeatures(norm(cls[-1]), Layers(early, mid, late), as_map(norm(outputs[-1].patches)))
+
+    def _maps(self, images: Tensor, sequences: Sequence[str | None], block: int, *, norm: bool) -> Tensor:
+        [output] = self.network.intermediate(self._tokenize(images, sequences), (block,))
+        return as_map(self.network.norm(output.patches) if norm else output.patches)
+
+    def _tokenize(self, images: Tensor, sequences: Sequence[str | None]) -> Tensor:
+        """(B, N, D) patch tokens, each volume's through the tokenizer of its sequence."""
+        return torch.cat(
             [
                 self.network.tokenize({TOKENIZERS[sequence or ""]: images[index : index + 1]})
                 for index, sequence in enumerate(sequences)
             ]
         )
-        outputs = self.network.intermediate(patches, self.blocks)
-        norm = self.network.norm
-        cls = [output.cls for output in outputs if output.cls is not None]
-        early, mid, late = (norm(token) if self.inner_norm else token for token in cls)
-        return CubeFeatures(norm(cls[-1]), Layers(early, mid, late), as_map(norm(outputs[-1].patches)))

@@ -43,11 +43,23 @@ class BrainIAC(CubeEncoder):
             reading={"feature": feature, "layers": list(self.blocks), "inner_norm": inner_norm},
         )
 
+    @property
+    def num_blocks(self) -> int:
+        return len(self.network.blocks)
+
+    @property
+    def depth_blocks(self) -> tuple[int, int, int]:
+        return self.blocks
+
     def _features(self, images: Tensor, sequences: Sequence[str | None]) -> CubeFeatures:
         outputs = [output.patches for output in self.network.intermediate(images, self.blocks)]
         last = self.network.norm(outputs[-1])
         early, mid, late = (self._pool(self.network.norm(output) if self.inner_norm else output) for output in outputs)
         return CubeFeatures(self._pool(last), Layers(early, mid, late), as_map(last))
+
+    def _maps(self, images: Tensor, sequences: Sequence[str | None], block: int, *, norm: bool) -> Tensor:
+        [output] = self.network.intermediate(images, (block,))
+        return as_map(self.network.norm(output.patches) if norm else output.patches)
 
     def _pool(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0] if self.feature == "token0" else tokens.mean(dim=1)

@@ -50,7 +50,20 @@ class BrainMVP(CubeEncoder):
             reading={"feature": "mean of the last map", "layers": [f"mean of stage {stage}" for stage in stages]},
         )
 
+    @property
+    def num_blocks(self) -> int:
+        return len(self.network.dims)
+
+    @property
+    def depth_blocks(self) -> tuple[int, int, int]:
+        early, mid, late = self.stages
+        return early - 1, mid - 1, late - 1
+
     def _features(self, images: Tensor, sequences: Sequence[str | None]) -> CubeFeatures:
         maps = self.network(images)
         early, mid, late = (maps[stage].mean(dim=(2, 3, 4)) for stage in self.stages)
         return CubeFeatures(maps[-1].mean(dim=(2, 3, 4)), Layers(early, mid, late), maps[-1])
+
+    def _maps(self, images: Tensor, sequences: Sequence[str | None], block: int, *, norm: bool) -> Tensor:
+        stages: Tensor = self.network(images, norm=norm)[1 + block]
+        return stages

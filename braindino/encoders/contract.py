@@ -82,15 +82,7 @@ class TokenGrid:
 
         A token reaches half-way to its neighbours, the outermost ones as far outwards as inwards.
         """
-        voxels = _transform(np.linalg.inv(self.affine), points)
-        index = np.empty(voxels.shape, dtype=np.intp)
-        inside = np.ones(voxels.shape[:-1], dtype=bool)
-        for axis, centres in enumerate(self.centres):
-            edges = _edges(centres)
-            index[..., axis] = np.searchsorted(edges, voxels[..., axis], side="right") - 1
-            inside &= (index[..., axis] >= 0) & (index[..., axis] < len(centres))
-        index[~inside] = -1
-        return index
+        return _cells(self.centres, _transform(np.linalg.inv(self.affine), points))
 
     def token_to_world(self, index: np.ndarray) -> np.ndarray:
         """(..., 3) centres in mm of the tokens at ``index`` (..., 3).
@@ -105,6 +97,17 @@ class TokenGrid:
         voxels = np.stack([centres[index[..., axis]] for axis, centres in enumerate(self.centres)], axis=-1)
         return _transform(self.affine, voxels)
 
+    def axial_plane(self, point: np.ndarray) -> "TokenPlane | None":
+        """The plane of tokens nearest in height to a point (3,) in mm; None where the tokens do not reach that high, or
+        low.
+        """
+        x, y, z = self.centres
+        height = float(_transform(np.linalg.inv(self.affine), point)[2])
+        [level] = _cells((z,), np.array([height]))
+        if level < 0:
+            return None
+        return TokenPlane(self.features[:, :, int(level)], (x, y), float(z[level]), self.affine)
+
     def voxel_to_token(self, voxels: np.ndarray) -> np.ndarray:
         """As ``world_to_token``, for voxels (..., 3) of the canonical volume."""
         return self.world_to_token(_transform(self.volume_affine, voxels))
@@ -112,6 +115,45 @@ class TokenGrid:
     def token_to_voxel(self, index: np.ndarray) -> np.ndarray:
         """As ``token_to_world``, in voxels of the canonical volume (not rounded)."""
         return _transform(np.linalg.inv(self.volume_affine), self.token_to_world(index))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPlane:
+    """The tokens of one axial plane, and where they lie in the canonical volume.
+
+    Attributes:
+        features: (X, Y, D) float32; x to the right, y to the front.
+        centres: for x and y the centres of the tokens, in voxels of the prepared cube.
+        height: z of the plane, in voxels of the prepared cube.
+        affine: (4, 4) voxels of the prepared cube to mm.
+    """
+
+    features: Tensor
+    centres: tuple[np.ndarray, np.ndarray]
+    height: float
+    affine: np.ndarray
+
+    def world_to_token(self, points: np.ndarray) -> np.ndarray:
+        """(..., 2) indices of the tokens that points (..., 3) in mm lie in, whatever their height; -1, -1 for a point
+        beside them all. How far a token reaches is the same as in ``TokenGrid``.
+        """
+        return _cells(self.centres, self._places(points))
+
+    def world_to_place(self, points: np.ndarray) -> np.ndarray:
+        """(..., 2) places of points (..., 3) in mm between the centres of the tokens: 0 at that of the first, 1 at that
+        of the second; held at the outermost. NaN for a point beside all tokens.
+        """
+        voxels = self._places(points)
+        place = np.stack(
+            [np.interp(voxels[..., axis], each, np.arange(len(each))) for axis, each in enumerate(self.centres)],
+            axis=-1,
+        )
+        place[(_cells(self.centres, voxels) < 0).any(axis=-1)] = np.nan
+        return place
+
+    def _places(self, points: np.ndarray) -> np.ndarray:
+        """(..., 2) x and y in voxels of the prepared cube."""
+        return _transform(np.linalg.inv(self.affine), points)[..., :2]
 
 
 class Layers(NamedTuple):
@@ -179,6 +221,42 @@ class VolumeEncoder(ABC):
         """
 
     @property
+    @abstractmethod
+    def num_blocks(self) -> int:
+        """How many depths ``encode_plane`` can read: the blocks of a transformer, the four stages of BrainMVP, the
+        levels of a timm model."""
+
+    @property
+    @abstractmethod
+    def depth_blocks(self) -> tuple[int, int, int]:
+        """The blocks, as ``encode_plane`` counts them, that ``Features.layers`` are read at."""
+
+    def prepare_planes(self, volume: Volume, *, sequence: str | None = None) -> Prepared:
+        """As ``prepare``, for ``encode_plane``: an encoder of slices keeps all 256, 64 MB, and not only those that its
+        feature of the volume is made of.
+        """
+        return self.prepare(volume, sequence=sequence)
+
+    @abstractmethod
+    def encode_plane(
+        self, prepared: Prepared, point: np.ndarray, *, block: int | None = None, norm: bool = True
+    ) -> TokenPlane | None:
+        """The tokens of the axial plane nearest to a point (paper sec. 4.6, similarity maps): for an encoder of slices
+        those of the one slice, and for an encoder of volumes the nearest plane of its grid. None where the encoder does
+        not see that height.
+
+        Args:
+            prepared: of ``prepare_planes`` (or of ``prepare``, with the slices that are there).
+            point: (3,) mm.
+            block: after which block, from 0 to ``num_blocks`` - 1; None for the last.
+            norm: whether the network's final norm is applied, as it is to the tokens of ``encode``. Where it fits the
+                last map only (BrainMVP, convolutional models of timm), the maps before that stay without.
+
+        Raises:
+            ValueError: no such block.
+        """
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
         parameter = None if self.network is None else next(self.network.parameters(), None)
@@ -192,9 +270,35 @@ def layer_blocks(depth: int) -> tuple[int, int, int]:
     return max(depth // 4 - 1, 0), depth // 2, depth - 1
 
 
+def block_number(block: int | None, num_blocks: int) -> int:
+    """``block``, or the last where it is None.
+
+    Raises:
+        ValueError: there is no such block.
+    """
+    if block is None:
+        return num_blocks - 1
+    if not 0 <= block < num_blocks:
+        raise ValueError(f"block: found {block}; this encoder has blocks 0 to {num_blocks - 1}")
+    return block
+
+
 def even_centres(size: int, num: int) -> np.ndarray:
     """(num,) centres of ``num`` equal parts of ``size`` voxels, in voxel indices."""
     return (np.arange(num) + 0.5) * (size / num) - 0.5
+
+
+def _cells(centres: Sequence[np.ndarray], voxels: np.ndarray) -> np.ndarray:
+    """(..., k) indices of the cells around ``centres`` of k axes that hold ``voxels`` (..., k); -1 on every axis where
+    one of them is outside.
+    """
+    index = np.empty(voxels.shape, dtype=np.intp)
+    inside = np.ones(voxels.shape[:-1], dtype=bool)
+    for axis, each in enumerate(centres):
+        index[..., axis] = np.searchsorted(_edges(each), voxels[..., axis], side="right") - 1
+        inside &= (index[..., axis] >= 0) & (index[..., axis] < len(each))
+    index[~inside] = -1
+    return index
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,9 @@ from braindino.encoders.contract import (
     Layers,
     Prepared,
     TokenGrid,
+    TokenPlane,
     VolumeEncoder,
+    block_number,
     even_centres,
 )
 from braindino.encoders.cube import CubePreparation, turn
@@ -75,12 +78,30 @@ class CubeEncoder(VolumeEncoder):
             early, mid, late = (layer[index].float().cpu() for layer in result.layers)
             tokens = None
             if with_tokens:
-                grid = turn(result.maps[index], self.preparation.orientation).movedim(0, -1).float().cpu()
-                x, y, z = (even_centres(self.preparation.size, num) for num in grid.shape[:3])
-                tokens = TokenGrid(grid.contiguous(), (x, y, z), each.affine, each.volume_affine)
+                tokens = self._token_grid(result.maps[index], each)
             global_ = result.global_[index].float().cpu()
             features.append(Features(global_, Layers(early, mid, late), tokens, None))
         return features
+
+    def encode_plane(
+        self, prepared: Prepared, point: np.ndarray, *, block: int | None = None, norm: bool = True
+    ) -> TokenPlane | None:
+        """See ``VolumeEncoder``; every plane costs a pass of the whole volume: for several, ``encode_grid``."""
+        return self.encode_grid(prepared, block=block, norm=norm).axial_plane(point)
+
+    def encode_grid(self, prepared: Prepared, *, block: int | None = None, norm: bool = True) -> TokenGrid:
+        """All planes of ``encode_plane`` in one pass."""
+        number = block_number(block, self.num_blocks)
+        with torch.inference_mode():
+            images = turn(prepared.data[None].to(self.device), self.preparation.orientation)
+            [tokens] = self._maps(images, [prepared.sequence], number, norm=norm)
+        return self._token_grid(tokens, prepared)
+
+    def _token_grid(self, tokens: Tensor, prepared: Prepared) -> TokenGrid:
+        """(D, x, y, z) tokens of one volume, in the orientation of the images, on its axes."""
+        grid = turn(tokens, self.preparation.orientation).movedim(0, -1).float().cpu()
+        x, y, z = (even_centres(self.preparation.size, num) for num in grid.shape[:3])
+        return TokenGrid(grid.contiguous(), (x, y, z), prepared.affine, prepared.volume_affine)
 
     def volume_features(self, images: Tensor, sequences: Sequence[str | None]) -> Tensor:
         """The global features (B, D) that ``encode`` gives of cubes (B, 1, X, Y, Z) of ``prepare``, on the encoder's
@@ -91,6 +112,12 @@ class CubeEncoder(VolumeEncoder):
     @abstractmethod
     def _features(self, images: Tensor, sequences: Sequence[str | None]) -> CubeFeatures:
         """The features of images (B, 1, X, Y, Z) in the encoder's own orientation."""
+
+    @abstractmethod
+    def _maps(self, images: Tensor, sequences: Sequence[str | None], block: int, *, norm: bool) -> Tensor:
+        """(B, D, x, y, z) tokens after a block, in the orientation and the order of axes of the images; ``norm`` as in
+        ``encode_plane``.
+        """
 
 
 def as_map(tokens: Tensor) -> Tensor:

@@ -44,10 +44,21 @@ class IntensityFloor(SliceEncoder):
             reading={"feature": DEFINITION},
         )
 
+    @property
+    def num_blocks(self) -> int:
+        return 1
+
+    @property
+    def depth_blocks(self) -> tuple[int, int, int]:
+        return 0, 0, 0
+
     def _features(self, slices: Tensor) -> BatchFeatures:
         features = encode_intensity(slices)
         maps = features[:, NUM_BINS:].unflatten(1, (1, GRID, GRID))
         return BatchFeatures(features, Layers(features, features, features), maps, in_place_of_patches=features)
+
+    def _maps(self, slices: Tensor, block: int, *, norm: bool) -> Tensor:
+        return self._features(slices).maps
 
 
 def encode_intensity(slices: Tensor) -> Tensor:

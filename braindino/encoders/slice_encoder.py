@@ -4,7 +4,7 @@ sec. 4.3).
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +19,12 @@ from braindino.encoders.contract import (
     Prepared,
     SliceFeatures,
     TokenGrid,
+    TokenPlane,
     VolumeEncoder,
+    block_number,
     even_centres,
 )
-from braindino.slices import NUM_SLICES, SLICE_ORIENTATION, axial_slices, uniform_indices
+from braindino.slices import DEPTH, NUM_SLICES, SLICE_ORIENTATION, axial_slices, uniform_indices
 from braindino.transforms import CLIP_PERCENTILES, CUBE_SHAPE, crop_to_foreground, normalize_intensity, resize
 from braindino.volume import Volume, VolumeError
 
@@ -147,9 +149,31 @@ class SliceEncoder(VolumeEncoder):
         for each, its_rows, its_maps in zip(prepared, rows, maps, strict=True):
             cls, patches, *layers = (part.contiguous() for part in torch.cat(its_rows).split(widths, dim=1))
             early, mid, late = (layer.mean(dim=0) for layer in layers)
-            tokens = _token_grid(torch.cat(its_maps), each) if with_tokens else None
+            heights = uniform_indices(len(each.data)).astype(np.float64)
+            tokens = _token_grid(torch.cat(its_maps), heights, each) if with_tokens else None
             features.append(Features(cls.mean(dim=0), Layers(early, mid, late), tokens, SliceFeatures(cls, patches)))
         return features
+
+    def prepare_planes(self, volume: Volume, *, sequence: str | None = None) -> Prepared:
+        return replace(self.preparation, num_slices=DEPTH).apply(volume, sequence=sequence)
+
+    def encode_plane(
+        self, prepared: Prepared, point: np.ndarray, *, block: int | None = None, norm: bool = True
+    ) -> TokenPlane | None:
+        """See ``VolumeEncoder``; of two slices equally near, the lower."""
+        number = block_number(block, self.num_blocks)
+        height = float((np.linalg.inv(prepared.affine) @ (*point, 1.0))[2])
+        if not -0.5 <= height <= CUBE_SHAPE[2] - 0.5:
+            return None
+        heights = uniform_indices(len(prepared.data)).astype(np.float64)
+        # Rounded: which of two is nearer must not be left to the last digits of an inverse.
+        level = int(np.abs(heights - round(height, 6)).argmin())
+        with torch.inference_mode():
+            slices = self.preparation.channels(prepared.data[level : level + 1].to(self.device))
+            maps = self._maps(slices, number, norm=norm).float().cpu()
+        grid = _token_grid(maps, heights[level : level + 1], prepared)
+        x, y, z = grid.centres
+        return TokenPlane(grid.features[:, :, 0], (x, y), float(z[0]), grid.affine)
 
     def slice_features(self, slices: Tensor) -> SliceFeatures:
         """What ``encode`` says of slices (B, 1, H, W) of ``prepare``, on the encoder's device, with gradients where its
@@ -161,6 +185,10 @@ class SliceEncoder(VolumeEncoder):
     @abstractmethod
     def _features(self, slices: Tensor) -> BatchFeatures:
         """The features of slices (B, 1 or 3, H, W)."""
+
+    @abstractmethod
+    def _maps(self, slices: Tensor, block: int, *, norm: bool) -> Tensor:
+        """(B, D, rows, columns) tokens of slices (B, 1 or 3, H, W) after a block; ``norm`` as in ``encode_plane``."""
 
 
 def _batches(volumes: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, Tensor]]]:
@@ -180,12 +208,13 @@ def _batches(volumes: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, T
         yield batch
 
 
-def _token_grid(maps: Tensor, prepared: Prepared) -> TokenGrid:
-    """(slices, D, rows, columns) on the axes of the volume: rows run backwards along y, columns along x."""
+def _token_grid(maps: Tensor, heights: np.ndarray, prepared: Prepared) -> TokenGrid:
+    """(slices, D, rows, columns) on the axes of the volume: rows run backwards along y, columns along x, slices lie at
+    ``heights``.
+    """
     features = maps.flip(2, 3).permute(3, 2, 0, 1).contiguous()
     x, y = (even_centres(size, num) for size, num in zip(CUBE_SHAPE, features.shape[:2], strict=False))
-    z = uniform_indices(len(maps)).astype(np.float64)
-    return TokenGrid(features, (x, y, z), prepared.affine, prepared.volume_affine)
+    return TokenGrid(features, (x, y, heights), prepared.affine, prepared.volume_affine)
 
 
 def _scale_to_one(volume: Volume) -> Volume:

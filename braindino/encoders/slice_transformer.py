@@ -33,6 +33,14 @@ class SliceTransformer(SliceEncoder):
             reading={"feature": "class token, mean over slices", "layers": list(self.blocks), "inner_norm": inner_norm},
         )
 
+    @property
+    def num_blocks(self) -> int:
+        return self.network.depth
+
+    @property
+    def depth_blocks(self) -> tuple[int, int, int]:
+        return self.blocks
+
     def _features(self, slices: Tensor) -> BatchFeatures:
         rows, columns = (size // self.network.patch_size for size in slices.shape[-2:])
         outputs = self.network.intermediate(slices, self.blocks, norm=False)
@@ -40,3 +48,8 @@ class SliceTransformer(SliceEncoder):
         early, mid, late = (norm(output.cls) if self.inner_norm else output.cls for output in outputs)
         maps = norm(outputs[-1].patches).transpose(1, 2).unflatten(2, (rows, columns))
         return BatchFeatures(norm(outputs[-1].cls), Layers(early, mid, late), maps)
+
+    def _maps(self, slices: Tensor, block: int, *, norm: bool) -> Tensor:
+        rows, columns = (size // self.network.patch_size for size in slices.shape[-2:])
+        [tokens] = self.network.intermediate(slices, (block,), norm=norm)
+        return tokens.patches.transpose(1, 2).unflatten(2, (rows, columns))

@@ -66,6 +66,14 @@ class TimmEncoder(SliceEncoder):
             },
         )
 
+    @property
+    def num_blocks(self) -> int:
+        return len(self.network.feature_info)
+
+    @property
+    def depth_blocks(self) -> tuple[int, int, int]:
+        return self.levels
+
     def _features(self, slices: Tensor) -> BatchFeatures:
         slices = slices.expand(-1, 3, -1, -1)
         options = {"return_prefix_tokens": True} if self._takes_prefix else {}
@@ -84,6 +92,13 @@ class TimmEncoder(SliceEncoder):
             rows, columns = tokens.shape[-2:]
             tokens = last[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
         return BatchFeatures(global_, Layers(early, mid, late), tokens)
+
+    def _maps(self, slices: Tensor, block: int, *, norm: bool) -> Tensor:
+        [level] = self.network.forward_intermediates(
+            slices.expand(-1, 3, -1, -1), indices=[block], norm=norm, output_fmt="NCHW", intermediates_only=True
+        )
+        assert isinstance(level, Tensor)
+        return level
 
 
 def build_timm(name: str, *, pretrained: bool, weights: str | Path | None = None) -> nn.Module:

@@ -49,8 +49,10 @@ class UniFormer(nn.Module):
         self.norm = nn.BatchNorm3d(fourth)
         self.apply(_initialize)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Five maps from fine to coarse: the images and the stages (B, D, X / s, Y / s, Z / s), s = 2, 4, 8, 16."""
+    def forward(self, images: Tensor, *, norm: bool = True) -> list[Tensor]:
+        """Five maps from fine to coarse: the images and the stages (B, D, X / s, Y / s, Z / s), s = 2, 4, 8, 16; with
+        ``norm`` the final norm is applied to the last.
+        """
         if images.ndim != 5 or any(size % STRIDE or not size for size in images.shape[2:]):
             raise ValueError(
                 f"UniFormer: found images of shape {tuple(images.shape)}; expected (B, C, X, Y, Z) with sizes that are "
@@ -69,7 +71,8 @@ class UniFormer(nn.Module):
             for block in blocks:
                 x = block(x)
             maps.append(x)
-        maps[-1] = self.norm(x)
+        if norm:
+            maps[-1] = self.norm(x)
         return [images, *(stage.permute(0, 1, 3, 4, 2) for stage in maps[1:])]
 
 

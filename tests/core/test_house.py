@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("preprocessing", "pretrain", "downstream", "simulation", "report")
+ROOMS = ("preprocessing", "pretrain", "downstream", "simulation", "report", "viewer")
 #: Third-party package -> where it may be imported; a folder or a file, relative to the root.
 BORDERS = {
     "nibabel": ("braindino/volume.py",),

@@ -6,12 +6,17 @@ import torch
 import torch.nn.functional as F
 
 from braindino.patch_maps import (
+    AxialSlice,
     ReferencePoint,
+    SlicePoint,
     axial_labels,
     encode_patches,
     foreground_patches,
     pca_map,
+    points_in_labels,
+    points_of_patches,
     reference_points,
+    shared_range,
     similarity_map,
     tumour_slice,
     upsample,
@@ -140,6 +145,67 @@ def test_the_slice_is_the_one_with_the_largest_tumour():
     halved = np.diag([1, 1, 0.5, 1.0])
     halved[2, 3] = 1
     assert tumour_slice(tumour, np.eye(4), halved, 20) == 10
+
+
+def _oblique() -> Volume:
+    """Every voxel has a value of its own."""
+    affine = np.eye(4)
+    affine[:3] = [[0.9, -0.2, 0.1, -20], [0.1, 1.1, -0.3, 5], [0.0, 0.2, 1.4, 3]]
+    return Volume(np.arange(5 * 6 * 7, dtype=np.float32).reshape(5, 6, 7), affine)
+
+
+def test_a_pixel_of_a_slice_lies_where_its_voxel_does():
+    volume = _oblique()
+    axial = AxialSlice.of(volume, 3)
+    pixels = np.stack(np.meshgrid(np.arange(6), np.arange(5), indexing="ij"), axis=-1)
+    world = axial.to_world(pixels)
+    voxels = np.rint((world - volume.affine[:3, 3]) @ np.linalg.inv(volume.affine[:3, :3]).T).astype(int)
+    np.testing.assert_array_equal(volume.data[tuple(np.moveaxis(voxels, -1, 0))], axial.image)
+    np.testing.assert_allclose(axial.to_pixels(world), pixels, atol=1e-9)
+    above = world + 4 * volume.affine[:3, 2]
+    np.testing.assert_allclose(axial.to_pixels(above), pixels, atol=1e-9)
+
+
+def test_the_slice_through_a_point_is_the_nearest():
+    volume = _oblique()
+    for height, index in ((-0.4, 0), (2.4, 2), (2.6, 3), (6.4, 6)):
+        point = volume.affine[:3, :3] @ (1.0, 2.0, height) + volume.affine[:3, 3]
+        assert AxialSlice.through(volume, point).index == index
+    with pytest.raises(ValueError, match=r"slice: found 7; expected 0 to 6, from the bottom"):
+        AxialSlice.through(volume, volume.affine[:3, :3] @ (1.0, 2.0, 6.6) + volume.affine[:3, 3])
+    with pytest.raises(ValueError, match=r"slice: found -1"):
+        AxialSlice.of(volume, -1)
+
+
+def test_the_middle_of_a_patch_is_between_its_pixels():
+    points = points_of_patches([ReferencePoint("a", 0, 0), ReferencePoint("b", 2, 5)], 16)
+    assert points == (SlicePoint("a", 7.5, 7.5), SlicePoint("b", 39.5, 87.5))
+
+
+def test_the_point_of_a_tissue_is_its_innermost_pixel():
+    labels = np.zeros((20, 30), dtype=int)
+    labels[2:5, 2:25] = 1  # long and thin
+    labels[8:17, 10:19] = 1  # the thickest part
+    labels[4:9, 26:29] = 2
+    labels[6, 27] = 4  # another label of the same tissue: no hole
+    points = points_in_labels(labels, {"tumour": [1], "white matter": [2, 4]})
+    # What is left last of the second is the column (5..7, 27).
+    assert points == (SlicePoint("tumour", 12.0, 14.0), SlicePoint("white matter", 6.0, 27.0))
+    # Touching the border of the slice, the tissue ends there.
+    assert points_in_labels(np.ones((3, 5), dtype=int), {"all": [1]}) == (SlicePoint("all", 1.0, 2.0),)
+
+
+def test_a_tissue_that_is_not_on_the_slice_is_named_with_what_is():
+    with pytest.raises(ValueError, match=r"CSF: no pixel of this slice has label 1; found 0, 3; choose another slice"):
+        points_in_labels(np.array([[0, 3]]), {"CSF": [1]})
+
+
+def test_one_range_serves_all_panels():
+    maps = np.array([[[0.1, -0.2], [0.3, 0.9]], [[np.nan, 0.4], [0.5, -0.9]]])
+    within = np.array([[True, True], [True, False]])
+    assert shared_range(maps, within) == (-0.2, 0.5)
+    with pytest.raises(ValueError, match="no encoder sees any of the pixels"):
+        shared_range(np.full((1, 2, 2), np.nan), within)
 
 
 def _image() -> np.ndarray:

@@ -90,7 +90,7 @@ def test_left_and_right_stay_where_they_are_in_every_orientation_of_an_oblique_s
 
 def test_a_mask_of_another_grid_is_refused(tmp_path: Path) -> None:
     write_as("LPS", tmp_path / "scan.nii.gz")
-    with pytest.raises(ValueError, match=r"mask of shape \(7, 9, 10\).*does not fit"):
+    with pytest.raises(ValueError, match=r"voxels of shape \(7, 9, 10\).*does not fit"):
         save_mask_like(np.ones((7, 9, 10), bool), tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz")
     assert not (tmp_path / "mask.nii.gz").exists()
 

@@ -1,0 +1,146 @@
+"""``robustness.tsv``: what a task still reaches on perturbed scans (paper sec. 4.5). Owner of the format (version 1).
+
+One row per task, encoder, label ratio, variant (such as the k of kNN), metric, perturbation and severity. Every
+perturbation has a row of its own for the clean scans, at the severity that changes nothing, so that each is a curve by
+itself. ``change`` is perturbed minus clean on the cases that both have, so it may differ a little from the difference
+of the two estimates where ``n_missing`` is not 0. Numbers are ``n/a`` where they are not defined.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, get_type_hints
+
+from braindino.leakage import UNKNOWN
+from braindino.tables import align, read_table, write_table
+
+NOT_DEFINED = "n/a"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustnessRow:
+    """One metric of one encoder under one condition.
+
+    Raises:
+        ValueError: ``better`` is neither higher nor lower.
+    """
+
+    task: str
+    encoder: str
+    """Or, of segmentation, the trainer."""
+    ratio: float = 1.0
+    """Share of the training subjects that was trained on."""
+    variant: str = ""
+    """``k=5`` for nearest neighbours, empty otherwise."""
+    metric: str
+    """With its unit and, of segmentation, its region: ``macro_auc``, ``mae (years)``, ``WT Dice``."""
+    better: Literal["higher", "lower"]
+    perturbation: str
+    """Name in ``perturbations.PERTURBATIONS``."""
+    severity: float
+    clean: bool
+    """The severity changes nothing: the scans as they are."""
+    n_subjects: int
+    """Tested subjects whose scans are there under this condition."""
+    n_cases: int
+    n_missing: int = 0
+    """Tested cases that the clean scans have and this condition has not."""
+    estimate: float
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    change: float = math.nan
+    """Perturbed minus clean, on the cases that both have; NaN in the row of the clean scans."""
+    change_low: float = math.nan
+    change_high: float = math.nan
+    p: float = math.nan
+    """Two-sided, of the change; not adjusted. A bootstrap p of 0 is less than one draw of 2,000."""
+    method: str = ""
+    """How interval and p were made, in words."""
+    pretraining_overlap: str = UNKNOWN
+    """What the encoder saw of the tested subjects in pretraining (``leakage.check_test_scans``)."""
+    data: str = ""
+    """``SIMULATED data`` where scans were simulated."""
+    warnings: str = ""
+    """What a reader must know before believing the numbers."""
+
+    def __post_init__(self) -> None:
+        if self.better not in ("higher", "lower"):
+            raise ValueError(f"better: found {self.better!r}; expected higher or lower")
+
+
+COLUMNS = tuple(field.name for field in fields(RobustnessRow))
+_TYPES = {name: hint if isinstance(hint, type) else str for name, hint in get_type_hints(RobustnessRow).items()}
+
+
+def write_robustness(rows: Iterable[RobustnessRow], path: str | Path) -> None:
+    """Write the rows atomically, in their order."""
+    write_table(path, COLUMNS, ([_text(getattr(row, name)) for name in COLUMNS] for row in rows))
+
+
+def read_robustness(path: str | Path) -> list[RobustnessRow]:
+    """The rows, in the order of the file.
+
+    Raises:
+        ValueError: a column is missing, a cell is not of its type, or there is no row; names the file and the line.
+    """
+    table = read_table(path, COLUMNS)
+    rows = []
+    for line, row in zip(table.lines, table.rows, strict=True):
+        try:
+            rows.append(RobustnessRow(**{name: _value(name, row[name]) for name in COLUMNS}))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {line}: {error}; expected the table that `braindino robustness` writes"
+            ) from error
+    if not rows:
+        raise ValueError(f"{path}: no row; expected the table that `braindino robustness` writes")
+    return rows
+
+
+def format_robustness(rows: Iterable[RobustnessRow]) -> str:
+    """The rows as a text table for a terminal."""
+    header = ("encoder", "", "metric", "perturbation", "severity", "cases", "estimate [95 %]", "change [95 %]", "p")
+    lines = [
+        (
+            row.encoder,
+            row.variant,
+            row.metric,
+            row.perturbation,
+            f"{row.severity:g}" + (" (clean)" if row.clean else ""),
+            f"{row.n_cases}" + (f" ({row.n_missing} missing)" if row.n_missing else ""),
+            f"{_short(row.estimate)} [{_short(row.low)}, {_short(row.high)}]",
+            "" if row.clean else f"{_short(row.change)} [{_short(row.change_low)}, {_short(row.change_high)}]",
+            "" if row.clean else NOT_DEFINED if math.isnan(row.p) else f"{row.p:.2g}",
+        )
+        for row in rows
+    ]
+    return align([header, *lines])
+
+
+def _short(value: float) -> str:
+    return NOT_DEFINED if math.isnan(value) else f"{value:.3f}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float):
+        return NOT_DEFINED if math.isnan(value) else f"{value:.6g}"
+    # A tab or line break inside a text would need quoting, which few TSV readers expect.
+    return " ".join(str(value).split())
+
+
+def _value(name: str, text: str) -> object:
+    kind = _TYPES[name]
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise ValueError(f"{name}: found {text!r}; expected 0 or 1")
+        return text == "1"
+    if kind is float and text == NOT_DEFINED:
+        return math.nan
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: found {text!r}; expected a number") from error
