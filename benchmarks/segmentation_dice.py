@@ -8,6 +8,8 @@ DATASET is planned and preprocessed (2d), with test images in imagesTs. Each sid
 not), and so on a busy machine as long as on a quiet one. Learning rates follow the share of that time that is gone.
 Everything else is equal: patches, slices per batch, the training cases of a label ratio, no mirroring in training or
 prediction. Predictions of the test images go to OUT/rRATIO/SIDE, and training.json beside them says what was done.
+With --conditions DIR (what `braindino perturb` made of imagesTs) every side also predicts DIR/CONDITION, to
+OUT/rRATIO-conditions/CONDITION/SIDE, which `braindino segment-eval --conditions OUT/rRATIO-conditions` scores.
 
     stock      nnUNetTrainer: its own 2d network, SGD, deep supervision
     frozen     nnUNetTrainerBrainDINOFrozen
@@ -52,6 +54,7 @@ def main() -> int:
     parser.add_argument("--percent", nargs="+", type=int, default=[10, 100], help="of the labels")
     parser.add_argument("--patch", nargs=2, type=int, default=[224, 192])
     parser.add_argument("--batch", type=int, default=4, help="slices")
+    parser.add_argument("--conditions", type=Path, help="folder of perturbed copies of imagesTs")
     parser.add_argument("--child", nargs=2, metavar=("SIDE", "PERCENT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -119,6 +122,11 @@ def train_and_predict(options: argparse.Namespace, side: str, percent: int, out:
         "patch": list(trainer.configuration_manager.patch_size), "batch": trainer.configuration_manager.batch_size,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "encoder": os.environ["BRAINDINO_ENCODER"],
     }  # fmt: skip
+    if options.conditions is not None:
+        for images in sorted(path for path in options.conditions.iterdir() if path.is_dir()):
+            folder = options.out / f"r{percent}-conditions" / images.name / side
+            folder.mkdir(parents=True, exist_ok=True)
+            predictor.predict_from_files_sequential(str(images), str(folder))
     (out / "training.json").write_text(json.dumps(row, indent=2) + "\n")
 
 

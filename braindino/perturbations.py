@@ -235,7 +235,8 @@ def _legendre(coordinates: Sequence[np.ndarray], coefficients: np.ndarray) -> np
     grid = np.zeros((LEGENDRE_DEGREE + 1,) * 3)
     for degrees, coefficient in zip(_DEGREES, coefficients, strict=True):
         grid[degrees] = coefficient
-    return np.polynomial.legendre.leggrid3d(*coordinates, grid)
+    x, y, z = coordinates
+    return np.polynomial.legendre.leggrid3d(x, y, z, grid)
 
 
 def _check_volume(data: np.ndarray) -> None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from braindino.leakage import UNKNOWN
 from braindino.tables import align, read_table, write_table
@@ -132,7 +132,7 @@ def _text(value: object) -> str:
     return " ".join(str(value).split())
 
 
-def _value(name: str, text: str) -> object:
+def _value(name: str, text: str) -> Any:
     kind = _TYPES[name]
     if kind is bool:
         if text not in ("0", "1"):

@@ -45,7 +45,7 @@ def train_many_heads(
         ValueError: as ``train_heads``.
         ChildProcessError: a process died.
     """
-    shared = {"features": features, "num_outputs": num_outputs, "head": head, "training": training}
+    shared: dict[str, Any] = {"features": features, "num_outputs": num_outputs, "head": head, "training": training}
     asked = shared | {"queries": queries}
     processes = min(torch.get_num_threads(), len(seeds) * training.steps // STEPS_WORTH_A_PROCESS)
     if torch.device(device).type != "cpu" or head.kind == "logistic" or processes < 2:

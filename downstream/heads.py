@@ -220,7 +220,7 @@ def check_queries(blocks: Sequence[np.ndarray]) -> None:
 def of_each_head(targets: np.ndarray, num_heads: int, training: Training) -> Sequence[np.ndarray]:
     """The targets of every head, which may be the same for all."""
     shared = targets.ndim == (2 if training.loss == "cox" else 1)
-    return [targets] * num_heads if shared else targets
+    return [targets] * num_heads if shared else list(targets)
 
 
 def check_heads(

@@ -147,7 +147,7 @@ def cohort_share_rows(
     what chance gives: 1 would say that the encoder knows where a scan comes from.
 
     Scans with fewer than k candidates, or all of whose candidates are of one cohort, are not asked; a bank without any
-    that is has no rows.
+    that is has no rows. With one sequence both banks are the same, and one of them is told.
     """
     cohorts = np.array([scan.cohort for scan in scans])
     # Numbers are compared faster than names, row by row.
@@ -157,7 +157,7 @@ def cohort_share_rows(
     )
     for encoder, depths in features.items():
         unit = _unit(depths[GLOBAL])
-        for bank in BANKS:
+        for bank in BANKS if sequence_of.any() else (ALL,):
             shares, chances = _own_shares(unit, cohort_of, subject_of, sequence_of if bank != ALL else None, k=k)
             asked = ~np.isnan(shares)
             for cohort in (*sorted(set(cohorts[asked].tolist())), ALL):

@@ -285,7 +285,8 @@ def _open(folder: Path, condition: Condition, clean: Mapping[str, FeatureTable],
                 "extract both with the same weights and options"
             )
     ids = set.intersection(*({scan.scan_id for scan in table.scans} for table in tables.values()))
-    there, missing = [], []
+    there: list[int] = []
+    missing: list[int] = []
     for row in plan.tested:
         complete = all(scan.scan_id in ids for scan in plan.cases.scans[row])
         (there if complete else missing).append(row)

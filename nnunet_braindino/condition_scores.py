@@ -31,18 +31,20 @@ def find_condition_sets(folder: Path, *, references: Path, checkpoint: Checkpoin
             or what ``find_predictions`` says.
     """
     sets: dict[str, dict[str, PredictionSet]] = defaultdict(dict)
-    for condition in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if condition.name != CLEAN and condition.name.rpartition("-")[0] not in PERTURBATIONS:
-            raise ValueError(f"{condition}: expected folders called {CLEAN} or like gamma-0.5 in {folder}")
-        if condition.name != CLEAN:
-            read_condition(condition.name)
-        for model in sorted(path for path in condition.iterdir() if path.is_dir()):
-            sets[model.name][condition.name] = find_predictions(
-                model.resolve(),
-                name=f"{model.name}/{condition.name}",
+    if not folder.is_dir():
+        raise ValueError(f"--conditions {folder}: no such folder")
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if place.name != CLEAN and place.name.rpartition("-")[0] not in PERTURBATIONS:
+            raise ValueError(f"{place}: expected folders called {CLEAN} or like gamma-0.5 in {folder}")
+        if place.name != CLEAN:
+            read_condition(place.name)
+        for model_dir in sorted(path for path in place.iterdir() if path.is_dir()):
+            sets[model_dir.name][place.name] = find_predictions(
+                model_dir.resolve(),
+                name=f"{model_dir.name}/{place.name}",
                 references=references,
                 checkpoint=checkpoint,
-                complete=condition.name == CLEAN,
+                complete=place.name == CLEAN,
             )
     for model, of_model in sets.items():
         if CLEAN not in of_model or len(of_model) < 2:
@@ -64,8 +66,8 @@ def score_condition_sets(
     sets have the same cases."""
     groups: dict[tuple[str, ...], list[PredictionSet]] = defaultdict(list)
     for of_model in sets.values():
-        for each in of_model.values():
-            groups[tuple(each.files)].append(each)
+        for predictions in of_model.values():
+            groups[tuple(predictions.files)].append(predictions)
     scores: dict[str, dict[str, SegmentationScores]] = {model: {} for model in sets}
     for group in groups.values():
         found = score_predictions(

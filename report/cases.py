@@ -2,7 +2,7 @@
 
 ``cases/TASK-ENCODER.html`` holds the predictions of one encoder, a part for each label ratio and variant;
 ``cases/segmentation-NAME.html`` the cases of one set of predictions, with outlines where images are at hand;
-``scans.html`` the rows of scans that cases refer to, and of the quarantined. Pages link to each other and to nothing else.
+``scans.html`` the rows of scans that cases refer to, and of the quarantined.
 """
 
 import math
@@ -19,12 +19,13 @@ from braindino.manifest import Scan, read_scans
 from braindino.report.markup import Html, Section, element, figure, join, page, picture, table
 from braindino.report.print_style import thumbnail
 from braindino.report.records import numbers
+from braindino.report.sections import SCANS_PAGE
 from braindino.report.segmentation_figures import FILE_ENDING, contour_figure, cut_case, read_regions
 from braindino.segmentation_scores import SegmentationScores
 from braindino.tables import read_table
 from braindino.task_tables import CASES_FILE, PREDICTIONS_FILE, read_predictions
 
-CASES_FOLDER, SCANS_PAGE = "cases", "scans.html"
+CASES_FOLDER = "cases"
 MAX_CASES = 1000
 """Cases listed of the score with the most labels; of 1,000 subjects with several visits the worst are shown."""
 MAX_CASES_OF_OTHERS = 50
@@ -66,20 +67,28 @@ class ScanIndex:
 
     @classmethod
     def of(cls, root: Path) -> "ScanIndex":
-        """Those of ``prepared/scans.tsv``; none where there is no such table."""
+        """Those of ``prepared/scans.tsv``; none where there is no such table, or a damaged one: the section of prepared
+        scans says so, and numbers are shown all the same."""
         path = root / "prepared" / "scans.tsv"
-        return cls({scan.scan_id: scan for scan in read_scans(path)} if path.is_file() else {}, set())
+        try:
+            scans = read_scans(path) if path.is_file() else []
+        except ValueError:
+            scans = []
+        return cls({scan.scan_id: scan for scan in scans}, set())
 
     def links(self, ids: Iterable[str]) -> Html:
         """Links to the rows of scans, from a page in ``cases/``; ids that are not among them as text."""
         parts: list[object] = []
+        ids = list(ids)
         for scan_id in ids:
             scan = self.scans.get(scan_id)
             if scan is None:
                 parts.append(scan_id)
                 continue
             self.shown.add(scan_id)
-            words = " ".join(filter(None, (scan.subject, scan.session, scan.sequence)))
+            # Several scans of one case are of one session: what tells them apart is the sequence.
+            told = (scan.sequence,) if len(ids) > 1 else (scan.subject, scan.session, scan.sequence)
+            words = " ".join(filter(None, told)) or scan_id
             parts.append(element("a", words, href=f"../{SCANS_PAGE}#{scan_anchor(scan_id)}"))
         return join(parts, ", ")
 
@@ -227,7 +236,9 @@ def segmentation_page(name: str, scores: SegmentationScores, folder: Path, root:
             if case in drawn
         ]
         body = element("div", *figures, class_="gallery wide")
-        title = "Outlines" if len(drawn) == len(ranked) else f"Outlines of the {len(drawn) - 1} worst cases and the best"
+        title = (
+            "Outlines" if len(drawn) == len(ranked) else f"Outlines of the {len(drawn) - 1} worst cases and the best"
+        )
         sections.append(Section("outlines", title, body))
     else:
         words = "No outlines: the predictions, nnunet/raw/*/labelsTs and imagesTs are not all here."
@@ -260,7 +271,9 @@ def scans_page(index: ScanIndex) -> str:
         header = ["scan", "cohort", "subject", "session", "sequence", "status", "reason", "slices", "file"]
         sections.append(Section(anchor, title, table(header, lines) if lines else None, "None."))
     back = element("p", element("a", "← report", href="index.html"), class_="lead")
-    words = f"{len(index.scans)} scans in prepared/scans.tsv; here are those that a case refers to, and the quarantined."
+    words = (
+        f"{len(index.scans)} scans in prepared/scans.tsv; here are those that a case refers to, and the quarantined."
+    )
     header_part = element("header", back, element("h1", "Scans"), element("p", words, class_="lead"))
     return page("Scans", header_part, sections)
 

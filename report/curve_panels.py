@@ -159,7 +159,9 @@ def draw_panel(axes: Axes, panel: CurvePanel, looks: Mapping[str, Look], *, titl
     if math.isfinite(panel.floor):
         axes.axhline(panel.floor, color=NEUTRAL, linestyle=FLOOR_DASHES, linewidth=1, zorder=1)
     axes.set_xticks(list(places.values()), [panel.tick_labels[x] for x in places])
-    margin = 0.5 * gap if len(places) == 1 or not panel.joined else 0.06 * (max(places.values()) - min(places.values()))
+    span = max(places.values()) - min(places.values())
+    reach = step * (len(names) - 1) / 2
+    margin = 0.5 * gap if not span or not panel.joined else max(0.06 * span, reach + 0.03 * span)
     axes.set_xlim(min(places.values()) - margin, max(places.values()) + margin)
     axes.margins(y=0.08)
     if panel.limits is not None:

@@ -119,12 +119,13 @@ def picture(png: bytes, *, alt: str, width: int | None = None) -> Html:
     return element("img", src=source, alt=alt, width=width)
 
 
-def drawing(svg: str, *, alt: str) -> Html:
+def drawing(svg: str, *, alt: str, scale: float = 1.0) -> Html:
     """A figure drawn by matplotlib, inline, in the colours of ``THEME`` and the typeface of the page.
 
     Args:
         svg: an SVG document whose text is text (``svg.fonttype: none``).
         alt: what it shows, for those who cannot see it.
+        scale: 1 for the size on paper.
     """
     drawn = svg[svg.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
@@ -133,7 +134,7 @@ def drawing(svg: str, *, alt: str) -> Html:
     # The viewBox is in points; at 4/3 pixels per point a 10-point label is as large as on paper.
     opening = element(
         "svg", viewBox=drawn.split('viewBox="', 1)[1].split('"', 1)[0], role="img", aria_label=alt,
-        style=f"width: {float(size[1]) * 4 / 3:.0f}px",
+        style=f"width: {float(size[1]) * scale * 4 / 3:.0f}px",
     ).removesuffix("</svg>")  # fmt: skip
     drawn = opening + drawn[drawn.index(">") + 1 :].rstrip()
     for name, (light, _) in THEME.items():
@@ -254,11 +255,13 @@ th, td { text-align: left; padding: .36rem 1.4rem .36rem 0; vertical-align: top;
 th { font-weight: 600; border-bottom: 1.5px solid var(--ink); white-space: nowrap; }
 td { border-bottom: 1px solid var(--line); overflow-wrap: break-word; }
 tbody tr:last-child td { border-bottom: 0; }
+td a, td span, td code { white-space: nowrap; }
 .number { text-align: right; white-space: nowrap; }
 figure { margin: 1.2rem 0 1.6rem; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .55rem; max-width: 80ch; }
 figure svg, figure img { display: block; max-width: 100%; height: auto; }
 figure img { border-radius: 6px; }
+.print svg { max-width: none; }
 .halves { display: flex; flex-wrap: wrap; gap: 0 4rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(250px, 1fr)); gap: 1.2rem; }
 .gallery figure { margin: 0; }

@@ -1,11 +1,13 @@
-"""``braindino report DIR``: one static page, DIR/report/index.html, with everything that a project folder holds.
+"""``braindino report DIR``: a static folder, DIR/report, with everything that a project folder holds.
 
-The page opens from the disk without a network: no script, no other file, no request. Built twice from the same
-files with the same installation it is the same, byte for byte.
+index.html shows it all; cases/ holds the cases behind every number, scans.html the scans behind the cases, figures/ the
+paper figures for print. It opens from the disk without a network: no script, no request beside its own files. Built
+twice from the same files with the same installation it is the same, byte for byte. ``cases`` and ``figures`` belong to
+the report: what an earlier one left there goes.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,8 +17,11 @@ import tyro
 
 from braindino import __version__
 from braindino.atomic import write_text
-from braindino.report import maps, sections
+from braindino.report import maps, result_sections, sections
+from braindino.report.cases import CASES_FOLDER, ScanIndex, scans_page
 from braindino.report.markup import Html, Section, element, page
+from braindino.report.print_style import Drawing, save_drawing
+from braindino.report.result_sections import FIGURES_FOLDER
 
 
 class Part(NamedTuple):
@@ -32,29 +37,39 @@ PARTS = (
     Part("scans", "Prepared scans", sections.preparation_section),
     Part("pretraining", "Pretraining", sections.pretraining_section),
     Part("maps", "What the encoder holds to be alike", maps.maps_section),
-    Part("segmentation", "Segmentation", sections.segmentation_section),
-    Part("tasks", "Tasks", sections.tasks_section),
+    Part("segmentation", "Segmentation", result_sections.segmentation_section),
+    Part("tasks", "Tasks", result_sections.tasks_section),
+    Part("robustness", "Robustness", result_sections.robustness_section),
+    Part("representation", "Representation", result_sections.representation_section),
+    Part("audit", "What was audited", result_sections.audit_section),
     Part("made", "How it was made", sections.reproduction_section),
 )
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write DIR/report/index.html: cohort, curves, maps, segmentations and task results on one page."""
+    """Write DIR/report: cohort, curves, maps, segmentations and results as static pages, each number with its cases.
+
+    Open DIR/report/index.html; no network and no script is needed. A second run replaces the report.
+    """
 
     directory: Annotated[Path, tyro.conf.arg(name="DIR", metavar="DIR")]
     """Project folder, with any of cohort/, prepared/, pretrain/, nnunet/ and eval/ in it."""
 
 
 class Report(NamedTuple):
-    """A page and what went wrong on the way.
+    """The pages and what went wrong on the way.
 
     Attributes:
-        text: the HTML document.
+        text: the HTML document of index.html.
+        pages: address of every other page -> its document.
+        drawings: name of every figure for print -> it with its table.
         problems: one message per section whose files could not be read; the page says the same in its place.
     """
 
     text: str
+    pages: Mapping[str, str]
+    drawings: Mapping[str, Drawing]
     problems: tuple[str, ...]
 
 
@@ -63,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(tyro.conf.Positional[ReportConfig], args=argv)
     try:
         report = build_report(config.directory)
-        path = config.directory / "report" / "index.html"
-        write_text(path, report.text)
+        path = write_report(report, config.directory / "report")
     except (ValueError, OSError) as error:
         print(f"braindino report: {error}", file=sys.stderr)
         return 1
@@ -72,6 +86,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"braindino report: {problem}", file=sys.stderr)
     print(path)
     return 1 if report.problems else 0
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write the pages and figures, index.html last, and remove what an earlier report left in cases/ and figures/.
+
+    Returns:
+        Its index.html.
+    """
+    written = set()
+    for name, drawing in report.drawings.items():
+        written |= set(save_drawing(drawing, folder / FIGURES_FOLDER / name))
+    for address, text in report.pages.items():
+        write_text(folder / address, text)
+        written.add(folder / address)
+    write_text(folder / "index.html", report.text)
+    for own in (folder / CASES_FOLDER, folder / FIGURES_FOLDER):
+        for path in own.glob("*"):
+            if path.is_file() and path not in written:
+                path.unlink()
+    return folder / "index.html"
 
 
 def build_report(directory: Path) -> Report:
@@ -87,6 +121,9 @@ def build_report(directory: Path) -> Report:
         )
     shown: list[Section] = []
     files: set[Path] = set()
+    pages: dict[str, str] = {}
+    drawings: dict[str, Drawing] = {}
+    used: set[str] = set()
     problems: list[str] = []
     for anchor, title, build in PARTS:
         try:
@@ -95,6 +132,9 @@ def build_report(directory: Path) -> Report:
             problems.append(f"{title}: {error}")
             content = sections.Content(None, f"Could not be read: {error}")
         files.update(content.files)
+        pages.update(content.pages)
+        drawings.update(content.drawings)
+        used.update(content.scans)
         shown.append(Section(anchor, title, content.body, content.missing))
     if not files and not problems:
         raise ValueError(
@@ -102,8 +142,12 @@ def build_report(directory: Path) -> Report:
             "pretrain/metrics.jsonl, nnunet/**/scores.json, eval/*/summary.tsv; "
             "run `braindino demo` or the verbs that make them first"
         )
+    index = ScanIndex.of(directory)
+    if index.scans:
+        pages[sections.SCANS_PAGE] = scans_page(ScanIndex(index.scans, used))
     name = directory.resolve().name
-    return Report(page(f"{name}: BrainDINO report", _header(directory, name, files), shown), tuple(problems))
+    text = page(f"{name}: BrainDINO report", _header(directory, name, files), shown)
+    return Report(text, pages, drawings, tuple(problems))
 
 
 def _header(directory: Path, name: str, files: set[Path]) -> Html:

@@ -122,15 +122,19 @@ class Drawing(NamedTuple):
     caption: str
 
 
+class TooManySeriesError(ValueError):
+    """More series than can be told apart in one figure."""
+
+
 def looks_of(names: Iterable[str]) -> dict[str, Look]:
     """Name -> its look, in the order of first appearance, the same in all panels of a figure.
 
     Raises:
-        ValueError: more names than can be told apart.
+        TooManySeriesError: more names than can be told apart.
     """
     distinct = list(dict.fromkeys(names))
     if len(distinct) > MAX_SERIES:
-        raise ValueError(
+        raise TooManySeriesError(
             f"{len(distinct)} series in one figure ({', '.join(distinct)}); expected at most {MAX_SERIES}, which can "
             "still be told apart in grey; choose some with --encoders"
         )
@@ -252,12 +256,13 @@ def save_drawing(drawing: Drawing, out: Path) -> list[Path]:
 
 
 def thumbnail(figure: Figure, pixels: int) -> bytes:
-    """The figure as a PNG so many pixels wide, in 128 colours: a page holds many of them."""
+    """The figure as a PNG so many pixels wide, in 256 colours: a page holds many of them."""
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
         dpi = pixels / figure.get_size_inches()[0]
         figure.savefig(buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor(), metadata={"Software": None})
     small = io.BytesIO()
     with Image.open(buffer) as image:
-        image.convert("RGB").quantize(128).save(small, format="PNG", optimize=True)
+        # Median cut would spend every colour on the greys, and none on thin lines.
+        image.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE).save(small, format="PNG", optimize=True)
     return small.getvalue()

@@ -5,10 +5,10 @@ behind the similarity maps, through ``braindino.manifest.load_brain``.
 """
 
 import io
-import math
 import re
+import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,22 +17,20 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from braindino.leakage import NO_OVERLAP
 from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, Scan, read_scans
 from braindino.metrics_log import read_metrics
 from braindino.provenance import versions
 from braindino.report import figures
 from braindino.report.markup import Html, details, drawing, element, figure, join, picture, table, tiles
+from braindino.report.print_style import Drawing
 from braindino.report.records import numbers, read_json, read_yaml
 from braindino.scan_quality import LIMITS, ScanQuality, read_quality
-from braindino.segmentation_scores import format_mean, read_scores
 from braindino.tables import Table, read_table
-from braindino.task_summary import read_task_summary
 
 # The paper's cohorts are 33.
 MAX_MONTAGES = 40
 MAX_THUMBNAILS = 24
-THUMBNAIL_WIDTH, MONTAGE_WIDTH = 480, 1100
+THUMBNAIL_WIDTH, MONTAGE_WIDTH, MAPS_WIDTH = 480, 1100, 1400
 GATE_TITLES = {
     "brain_ml": ("Volume", "ml"),
     "largest_component": ("In one piece", "share"),
@@ -42,7 +40,7 @@ GATE_TITLES = {
     "holes": ("Holes", "share"),
     "inside": ("Where a brain can be", "share"),
 }
-MAX_OVERLAYS = 8
+SCANS_PAGE = "scans.html"
 TALL_FROM_ROWS = 14
 CURVES = {
     "loss": "loss",
@@ -81,11 +79,17 @@ class Content(NamedTuple):
         body: its content; None when its files are not there.
         missing: the one line that says so.
         files: the files it was made from.
+        pages: further pages: address below ``report/``, and the document.
+        drawings: figures for print: name below ``report/figures/``, and the figure with its table.
+        scans: ids of the scans that the pages refer to.
     """
 
     body: Html | None
     missing: str = ""
     files: Sequence[Path] = ()
+    pages: Sequence[tuple[str, str]] = ()
+    drawings: Sequence[tuple[str, Drawing]] = ()
+    scans: Collection[str] = ()
 
 
 def cohort_section(root: Path) -> Content:
@@ -112,8 +116,8 @@ def cohort_section(root: Path) -> Content:
         facts.append((f"{min(ages):.0f}–{max(ages):.0f}", "years of age"))
     parts: list[object] = [tiles(facts)]
     if ages or in_order or sites:
-        drawn = figures.cohort_figure(ages, in_order, dict(sorted(sites.items())))
-        parts.append(_drawn(drawn, f"Age of {len(ages)} subjects, scans per sequence, subjects per site."))
+        shown_figure = figures.cohort_figure(ages, in_order, dict(sorted(sites.items())))
+        parts.append(drawn(shown_figure, f"Age of {len(ages)} subjects, scans per sequence, subjects per site."))
     parts.append(details(f"All {len(rows)} subjects", _rows_table(participants)))
     return make_content(root, parts, [path])
 
@@ -156,6 +160,7 @@ def preparation_section(root: Path) -> Content:
             for scan in bad
         ]
         header = ["file", "cohort", "subject", "session", "sequence", "reason"]
+        parts.append(element("p", element("a", "Their rows, and those of scans behind cases", href=SCANS_PAGE)))
         parts.append(details(f"All {len(bad)} quarantined", table(header, lines, tall=len(lines) > TALL_FROM_ROWS)))
     else:
         parts.append(element("p", "No scan was quarantined.", class_="lead"))
@@ -195,7 +200,7 @@ def _measured(scans: Sequence[Scan], rows: Sequence[ScanQuality]) -> list[object
     caption = f"Voxel sizes and intensities of the {len(known)} scans that could be read, quarantined ones included."
     parts: list[object] = [
         element("h3", "What was measured"),
-        _drawn(figures.scans_figure(spacings, intensities), caption),
+        drawn(figures.scans_figure(spacings, intensities), caption),
     ]
     gated = [row for row in known if row.brain_ml is not None]
     if gated:
@@ -210,7 +215,7 @@ def _measured(scans: Sequence[Scan], rows: Sequence[ScanQuality]) -> list[object
             f"The quality gate on {len(gated)} brain masks made here: {len(gated) - len(stopped)} passed, "
             f"{len(stopped)} stopped. Dashed: its limits."
         )
-        parts.append(_drawn(figures.gate_figure(measures), caption))
+        parts.append(drawn(figures.gate_figure(measures), caption))
     return parts
 
 
@@ -281,9 +286,11 @@ def pretraining_section(root: Path) -> Content:
     parts: list[object] = [tiles(facts)]
     titles = {name: title for name, title in CURVES.items() if any(name in row for row in rows)}
     if titles:
-        drawn = figures.curves_figure(rows, titles)
+        shown_figure = figures.curves_figure(rows, titles)
         parts.append(
-            _drawn(drawn, "The run, as logged; from 100 logged iterations on, a running mean over the raw values.")
+            drawn(
+                shown_figure, "The run, as logged; from 100 logged iterations on, a running mean over the raw values."
+            )
         )
     lines = [[word, _plain(value)] for word, key in KEY_SETTINGS if (value := _setting(settings, key)) is not None]
     if lines:
@@ -299,72 +306,17 @@ def pretraining_section(root: Path) -> Content:
         ]
         parts += [element("h3", "Encoder"), table(["", ""], facts_of_encoder)]
     pictures = [path for path in (run / "progress.png", run / "maps.png") if path.is_file()]
-    for path in pictures:
-        parts.append(details(f"{path.name}, as the run drew it", _gallery([path], class_="wide")))
+    if run / "maps.png" in pictures:
+        small = picture(_thumbnail(run / "maps.png", MAPS_WIDTH), alt="Maps of fixed slices as the run went on")
+        caption = (
+            "Similarity with a fixed patch and principal components of fixed slices, one column for each look at the "
+            "teacher; "
+        )
+        link = element("a", "in full", href=link_to(root, run / "maps.png"))
+        parts += [element("h3", "Maps over time"), figure(small, join([caption, link]))]
+    if run / "progress.png" in pictures:
+        parts.append(details("progress.png, as the run drew it", gallery([run / "progress.png"], class_="wide")))
     return make_content(root, parts, [*files, *pictures], linked=files)
-
-
-def segmentation_section(root: Path) -> Content:
-    """Dice per region and overlays of every ``scores.json`` below ``nnunet/``."""
-    paths = sorted((root / "nnunet").rglob("scores.json"))
-    if not paths:
-        return Content(None, "No nnunet/**/scores.json here: no segmentation was scored in this folder.")
-    scores = {_predictions_name(root / "nnunet", path): read_scores(path) for path in paths}
-    datasets: dict[tuple[str, ...], list[str]] = {}
-    for name, score in scores.items():
-        datasets.setdefault(tuple(score.summary), []).append(name)
-    parts: list[object] = []
-    for regions, names in datasets.items():
-        lines: list[list[object]] = [
-            [name, len(scores[name].cases), *(format_mean(row.mean, row.sd) for row in scores[name].summary.values())]
-            for name in names
-        ]
-        first = scores[names[0]]
-        if not all(math.isnan(row.floor) for row in first.summary.values()):
-            floors = [format_mean(row.floor, math.nan) for row in first.summary.values()]
-            lines.append(["floor: the whole brain", len(first.cases), *floors])
-        caption = "Dice per region, mean over cases ± standard deviation; a region empty in both is not counted"
-        of_case = {
-            name: {region: numbers(case[region] for case in scores[name].cases.values()) for region in regions}
-            for name in names
-        }
-        parts += [
-            table(["predictions", "cases", *regions], lines, caption=caption),
-            _overlap_notice({name: scores[name].pretraining_overlap for name in names}),
-            _drawn(figures.dice_figure(of_case, regions), "Dice of every case (small dots) and its mean (large)."),
-        ]
-    overlays = []
-    for name, path in zip(scores, paths, strict=True):
-        found = sorted(path.parent.glob("*.png"))[:MAX_OVERLAYS]
-        overlays += found
-        if found:
-            parts += [element("h3", f"Overlays: {name}"), _gallery(found, class_="wide")]
-        tables = sorted(path.parent.glob("scores.tsv"))
-        for table_path in tables:
-            parts.append(details(f"Every case: {name}", _rows_table(read_table(table_path))))
-    return make_content(root, parts, [*paths, *overlays], linked=paths)
-
-
-def tasks_section(root: Path) -> Content:
-    """Estimates with intervals beside their floors, one part per ``eval/<task>/summary.tsv``."""
-    paths = sorted((root / "eval").glob("*/summary.tsv"))
-    if not paths:
-        return Content(None, "No eval/*/summary.tsv here: no task was evaluated in this folder.")
-    parts: list[object] = []
-    files: list[Path] = []
-    for path in paths:
-        rows = read_task_summary(path)
-        parts += [element("h3", path.parent.name.replace("_", " ")), *_task_parts(path, rows)]
-        beside = [each for each in (path.with_name("run.json"), path.with_name("comparisons.tsv")) if each.is_file()]
-        beside += sorted(path.parent.glob("*/predictions.csv"))
-        files += [path, *beside]
-        if beside:
-            links = [
-                element("a", each.relative_to(path.parent).as_posix(), href=link_to(root, each)) for each in beside
-            ]
-            command = _command(beside[0]) if beside[0].name == "run.json" else None
-            parts.append(details("Every case, and the command that made it", join([*links, command], " ")))
-    return make_content(root, parts, files, linked=paths)
 
 
 def reproduction_section(root: Path) -> Content:
@@ -373,6 +325,12 @@ def reproduction_section(root: Path) -> Content:
     log = root / "commands.log"
     if log.is_file():
         parts += [element("h3", "Commands"), element("pre", log.read_text(encoding="utf-8").strip())]
+    tasks = [path.parent for path in sorted((root / "eval").glob("*/run.json"))]
+    if tasks:
+        lines = [["braindino", "reproduce", shlex.quote(task.relative_to(root).as_posix())] for task in tasks]
+        words = "Train every head again from what the evaluation left, and compare each prediction (in this folder):"
+        parts += [element("h3", "The same numbers again"), element("p", words)]
+        parts.append(element("pre", "\n".join(map(" ".join, lines))))
     parts.append(element("h3", "Versions that made this page"))
     parts.append(
         table(["package", "version"], [[name, element("code", number)] for name, number in versions().items()])
@@ -410,89 +368,8 @@ def link_to(root: Path, path: Path) -> str:
     return "../" + quote(path.relative_to(root).as_posix())
 
 
-def _task_parts(path: Path, rows: Sequence[Mapping[str, str]]) -> list[object]:
-    """The figure of the main metric at the largest share of labels, and the table of everything."""
-    share = max(rows, key=lambda row: float(row["ratio"]))["ratio"]
-    metric = rows[0]["metric"]
-    shown = [row for row in rows if row["ratio"] == share and row["metric"] == metric]
-    estimates = []
-    for row in shown:
-        label = ", ".join(filter(None, (row["encoder"], row["variant"])))
-        estimates.append(_estimate(label, [row[name] for name in ("estimate", "low", "high")], _series(row["encoder"])))
-    floors = {
-        row["baseline_name"]: [row[name] for name in ("baseline", "baseline_low", "baseline_high")] for row in shown
-    }
-    estimates += [_estimate(name, numbers, None) for name, numbers in floors.items()]
-    better = "lower is better" if metric.startswith("mae") else "higher is better"
-    caption = (
-        f"{metric} on {shown[0]['test_subjects']} held-out subjects, trained on {shown[0]['train_subjects']} "
-        f"({float(share):.0%} of the labels), mean of {shown[0]['seeds']} seed(s), 95 % interval; "
-        f"hollow: trivial baseline. {shown[0]['data']}"
-    )
-    limits = None if metric.startswith("mae") else (0.0, 1.02)
-    drawn = figures.interval_figure(estimates, xlabel=f"{metric}, {better}", limits=limits)
-    variants = any(row["variant"] for row in rows)
-    lines = [
-        [
-            row["encoder"],
-            *([row["variant"]] if variants else []),
-            f"{float(row['ratio']):.0%}",
-            row["train_subjects"],
-            row["metric"],
-            _with_interval(row["estimate"], row["low"], row["high"]),
-            _with_interval(row["baseline"], row["baseline_low"], row["baseline_high"]),
-            row["baseline_name"],
-        ]
-        for row in rows
-    ]
-    header = [
-        "encoder",
-        *(["variant"] if variants else []),
-        "labels",
-        "trained on",
-        "metric",
-        "estimate",
-        "baseline",
-        "which",
-    ]
-    stamps = {row["encoder"]: row["pretraining_overlap"] for row in rows}
-    return [_drawn(drawn, caption), _overlap_notice(stamps), table(header, lines, tall=len(lines) > TALL_FROM_ROWS)]
-
-
-def _overlap_notice(stamps: Mapping[str, str]) -> Html | None:
-    """What of the test subjects was pretrained on, or is not known; nothing where all is known to be clean."""
-    told = [f"{name}: {stamp}" for name, stamp in stamps.items() if stamp != NO_OVERLAP]
-    return element("p", element("b", "Pretraining overlap. "), ". ".join(told)) if told else None
-
-
-def _estimate(label: str, numbers: Sequence[str], series: int | None) -> figures.Estimate:
-    value, low, high = (float("nan") if number == "n/a" else float(number) for number in numbers)
-    return figures.Estimate(label, value, low, high, series)
-
-
-def _with_interval(value: str, low: str, high: str) -> str:
-    return value if "n/a" in (low, high) else f"{value} [{low}, {high}]"
-
-
-def _series(encoder: str) -> int:
-    """Which colour: 0 pretrained, 1 untrained, 2 no encoder at all."""
-    if "untrained" in encoder:
-        return 1
-    return 2 if encoder == "intensity" else 0
-
-
-def _command(path: Path) -> Html:
-    command = read_json(path).get("provenance", {}).get("command", "")
-    return element("code", " ".join(command) if isinstance(command, list) else command)
-
-
-def _predictions_name(folder: Path, path: Path) -> str:
-    """What was scored: the place of ``scores.json``, less a last ``scores``, which every folder of predictions has."""
-    parts = path.parent.relative_to(folder).parts
-    return "/".join(parts[:-1] if len(parts) > 1 and parts[-1] == "scores" else parts) or folder.name
-
-
-def _drawn(drawing_: Any, caption: str) -> Html:
+def drawn(drawing_: Any, caption: str) -> Html:
+    """A figure of ``figures``, inline, with its caption."""
     return figure(drawing(figures.svg(drawing_, salt=caption), alt=caption), caption)
 
 
@@ -501,7 +378,7 @@ def _rows_table(content: Table) -> Html:
     return table(content.columns, rows, tall=len(rows) > TALL_FROM_ROWS)
 
 
-def _gallery(paths: Sequence[Path], *, class_: str = "") -> Html:
+def gallery(paths: Sequence[Path], *, class_: str = "") -> Html:
     """The PNG files with their names."""
     shown = [figure(picture(path.read_bytes(), alt=path.stem), path.name) for path in paths]
     return element("div", *shown, class_=f"gallery {class_}".strip())

@@ -5,6 +5,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,7 +23,7 @@ from braindino.volume import Volume, load_labels, load_volume
 FILE_ENDING = ".nii.gz"
 DATASET_FILE = "dataset.json"
 # On grey brains: light, and each with its own dashes.
-REGION_LOOKS = (
+REGION_LOOKS: tuple[tuple[str, Any], ...] = (
     ("#ffd400", "solid"),
     ("#39d0ff", (0, (4, 1.2))),
     ("#ff5cc8", (0, (1.2, 1))),

@@ -4,7 +4,7 @@ Functions of typed rows; ``TaskRun`` holds those of one task, as ``braindino eva
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -505,14 +505,25 @@ _SCORE_COLUMNS = (
 )  # fmt: skip
 
 
-def _score_row(row: dict[str, str]) -> ScoreRow:
-    numbers = {
-        name: math.nan if row[name] == "n/a" else float(row[name])
-        for name in ("ratio", "estimate", "low", "high", "baseline")
-    }
-    counts = {name: int(row[name]) for name in ("train_subjects", "test_subjects")}
-    texts = {name: row[name] for name in ("encoder", "variant", "metric", "baseline_name", "interval", "data")}
-    return ScoreRow(**numbers, **counts, **texts)
+def _score_row(row: Mapping[str, str]) -> ScoreRow:
+    def number(name: str) -> float:
+        return math.nan if row[name] == "n/a" else float(row[name])
+
+    return ScoreRow(
+        encoder=row["encoder"],
+        ratio=number("ratio"),
+        variant=row["variant"],
+        metric=row["metric"],
+        estimate=number("estimate"),
+        low=number("low"),
+        high=number("high"),
+        baseline=number("baseline"),
+        baseline_name=row["baseline_name"],
+        train_subjects=int(row["train_subjects"]),
+        test_subjects=int(row["test_subjects"]),
+        interval=row["interval"],
+        data=row["data"],
+    )
 
 
 def _chosen(run: TaskRun, metric: str | None, encoders: Collection[str] | None) -> list[ScoreRow]:

@@ -16,8 +16,11 @@ import torch
 
 from braindino import resampling, slices, transforms
 from braindino.downstream import head_losses
+from braindino.downstream.config import RepresentConfig, RobustnessConfig
 from braindino.downstream.heads import Head, Training
 from braindino.downstream.task_table import NEIGHBOURS, RATIOS, load_task
+from braindino.encoders.contract import layer_blocks
+from braindino.perturbations import PAPER_PERTURBATIONS, PERTURBATIONS
 from braindino.pretrain.recipes import RECIPES
 from braindino.vision_transformer import INPUT_CHANNELS, VisionTransformer, vit_base
 from nnunet_braindino import trainer
@@ -131,7 +134,18 @@ ROWS = [
     Row("4.3.3", "alpha 0.2 and delta 1.0 of Eq. 9", (0.2, 1.0), (head_losses.SQUARED_SHARE, head_losses.HUBER_DELTA)),
     Row("4.3.4", "Cox at learning rate 3e-4, weight decay 1e-3", (3e-4, 1e-3), (COX.learning_rate, COX.weight_decay)),
     Row("4.3.5", "T1CE and FLAIR for IDH", ("T1c", "FLAIR"), load_task("idh").inputs.sequences),
+    Row("4.5", "gamma in {0.5, 0.8, 1.0, 1.2, 1.5, 2.0}", (0.5, 0.8, 1.0, 1.2, 1.5, 2.0), (
+        PERTURBATIONS["gamma"].severities
+    )),
+    Row("4.5", "alpha in {0.0, 0.1, 0.2, 0.3, 0.4}", (0.0, 0.1, 0.2, 0.3, 0.4), PERTURBATIONS["gibbs"].severities),
+    Row("4.5", "s in {0.0, 0.1, 0.2, 0.3, 0.4}", (0.0, 0.1, 0.2, 0.3, 0.4), PERTURBATIONS["bias_field"].severities),
+    Row("4.5", "zero or unity is the clean condition", (1.0, 0.0, 0.0), tuple(
+        PERTURBATIONS[name].identity for name in PAPER_PERTURBATIONS
+    )),
+    Row("4.5", "full-data training ratio (1.0)", 1.0, RobustnessConfig.ratio),
     Row("4.6", "k in {1, 3, 5, 10, 20, 50}", (1, 3, 5, 10, 20, 50), NEIGHBOURS),
+    Row("4.6", "early (block 2), mid (block 6), and late (block 11)", (2, 6, 11), layer_blocks(12)),
+    Row("4.6", "a fixed subset of 1,000 volumes per dataset", 1000, RepresentConfig.per_cohort),
     Row("4.7", "2,000 bootstrap iterations, seed 42", (2000, 42), (resampling.ITERATIONS, resampling.SEED)),
     Row("4.3.1", "100 epochs", 100, trainer.nnUNetTrainerBrainDINOFrozen.epochs),
     Row("4.3.1", "250 training iterations per epoch", 250, trainer.nnUNetTrainerBrainDINOFrozen.iterations),

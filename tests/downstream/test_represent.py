@@ -129,6 +129,12 @@ def test_scans_near_those_of_their_own_cohort_are_beside_chance(tmp_path):
     assert blind.low < blind.chance < blind.high < same.low
 
 
+def test_with_one_sequence_there_is_one_bank(tables):
+    root, *_ = tables
+    assert represent(root, "--sequences", "T1", "--neighbours", "3") == 0
+    assert {row.bank for row in read_cohort_share(root / "out" / "cohort_share.tsv")} == {"all"}
+
+
 def test_the_neighbours_of_scans_and_slices_are_listed(tables, capsys):
     root, scans, values, _, slices = tables
     query, other = scans[4], scans[20]

@@ -31,6 +31,17 @@ def test_unequal_axes_by_hand():
     assert found.first_share == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("shape", [(12, 40), (60, 7)])
+def test_ranks_are_those_of_the_singular_values(shape):
+    features = np.random.default_rng(4).standard_normal(shape) @ np.diag(np.geomspace(1, 1e-3, shape[1])) + 100
+    singular = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
+    shares = singular[: min(shape[0] - 1, shape[1])] / singular[: min(shape[0] - 1, shape[1])].sum()
+    found = measure_spread(features, [str(row) for row in range(shape[0])])
+    assert found.effective_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
+    assert found.participation_ratio == pytest.approx((singular**2).sum() ** 2 / (singular**4).sum(), rel=1e-9)
+    assert found.first_share == pytest.approx(singular[0] ** 2 / (singular**2).sum(), rel=1e-9)
+
+
 def test_mean_cosine_is_that_of_all_pairs():
     features = np.random.default_rng(0).standard_normal((9, 4)) + 1
     pairs = cosine_similarity(features)[np.triu_indices(9, 1)]

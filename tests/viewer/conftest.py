@@ -82,7 +82,7 @@ def tiny_encoder() -> LoadedEncoder:
     """Four blocks that each change the tokens: with DINOv3's own start they hardly do."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = vit_tiny(depth=4, layer_scale_init=0.5)
+        network = vit_tiny(depth=4, layer_scale_init=10)
     network.name, network.sha256 = "tiny", "0" * 64
     return LoadedEncoder("encoder-0", "tiny", SliceTransformer(network))
 

@@ -64,19 +64,17 @@ class Viewer:
 
 @pytest.fixture
 def view(serve, chromium_page) -> Callable[[Session], Viewer]:
+    ports: list[str] = []
+
     def start(session: Session) -> Viewer:
         client = serve(session)
+        ports.append(str(client.server.server_port))
         chromium_page.page.goto(client.server.url)
         return Viewer(chromium_page, client)
 
     yield start
-    port = "(%s)" % "|".join(re.findall(r":(\d+)", " ".join(chromium_page.requests)) or ["0"])
-    outside = [
-        address
-        for address in chromium_page.requests
-        if not re.match(rf"http://127\.0\.0\.1:{port}/|data:|blob:http://127\.0\.0\.1:{port}/", address)
-    ]
-    assert not outside, "the page asked somebody else"
+    ours = rf"(blob:)?http://127\.0\.0\.1:({'|'.join(ports)})/|data:"
+    assert not [address for address in chromium_page.requests if not re.match(ours, address)], "asked somebody else"
 
 
 @pytest.fixture
@@ -198,7 +196,7 @@ def test_blocks_and_encoders_are_chosen(view, phantom, tiny_encoder) -> None:
     viewer.wait_for_map()
     maps.append(viewer.axial())
     for first, second in ((0, 1), (0, 2), (1, 2)):
-        assert (np.abs(maps[first] - maps[second]).max(axis=2) > 20).mean() > 0.01, "each block has a map of its own"
+        assert (np.abs(maps[first] - maps[second]).max(axis=2) > 5).mean() > 0.05, "each block has a map of its own"
     assert blocks.nth(2).get_attribute("aria-checked") == "true"
     with page.expect_request(lambda request: '"encoder":"encoder-1"' in (request.post_data or "")):
         page.select_option("#encoder", label="another")
@@ -244,7 +242,7 @@ def test_nearest_slices_are_listed_and_opened(view, tiny_encoder, tmp_path) -> N
 
 
 def test_an_error_of_the_server_is_shown_with_the_next_step(view, tiny_encoder, tmp_path) -> None:
-    scans = prepare(tmp_path, subjects=2)
+    prepare(tmp_path, subjects=2)
     viewer = view(Session(ScanShelf(prepared_sources(tmp_path)), [tiny_encoder], {}))
     viewer.wait(lambda: viewer.state() == "choosing", "no list of scans")
     (tmp_path / "raw" / "s1" / "scan.nii.gz").write_text("no longer a scan")
@@ -256,10 +254,8 @@ def test_an_error_of_the_server_is_shown_with_the_next_step(view, tiny_encoder, 
     viewer.page.locator("#scan-list button").nth(0).click()
     viewer.wait_for_map()
     assert not viewer.page.locator("#error").is_visible()
-    assert [error for error in viewer.watched.errors if "422" not in error] == [], (
-        "the browser itself reports the status"
-    )
-    assert scans
+    # The browser itself reports the status.
+    assert viewer.watched.errors and all("422" in error for error in viewer.watched.errors)
 
 
 def test_without_the_token_the_page_says_where_to_find_it(serve, phantom_session, chromium_page) -> None:

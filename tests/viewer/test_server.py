@@ -236,12 +236,8 @@ def test_of_clicks_that_wait_only_the_newest_is_answered() -> None:
     threads = [threading.Thread(target=click, args=("first",), kwargs={"hold": hold})]
     threads[0].start()
     assert started.wait(10)
-    for name, kind in (
-        ("second", "similarity"),
-        ("search", "neighbours"),
-        ("third", "similarity"),
-        ("fourth", "similarity"),
-    ):
+    kinds = {"second": "similarity", "search": "neighbours", "third": "similarity", "fourth": "similarity"}
+    for name, kind in kinds.items():
         before = dict(work._newest)
         threads.append(threading.Thread(target=click, args=(name, kind)))
         threads[-1].start()

@@ -163,12 +163,8 @@ def test_a_neighbour_whose_file_was_not_given_cannot_be_opened(
     rows = client.json("/api/neighbours", question)["neighbours"]
     assert len(rows) == 3 and all(row["key"] is None for row in rows)
     scan = prepared[1][0]
-    for address in (
-        f"/api/scans/{scan.scan_id}",
-        f"/api/scans/{scan.scan_id}/volume",
-        f"/api/thumbnails/{scan.scan_id}/9",
-    ):
-        assert client.error(address)[0] == 404, "known to the table, not given"
+    for address in (f"scans/{scan.scan_id}", f"scans/{scan.scan_id}/volume", f"thumbnails/{scan.scan_id}/9"):
+        assert client.error(f"/api/{address}")[0] == 404, "known to the table, not given"
 
 
 def test_features_of_another_encoder_are_refused(features, tiny_encoder, prepared) -> None:
