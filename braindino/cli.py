@@ -42,7 +42,7 @@ VERBS = {
     "reproduce": Verb("braindino.downstream.reproduce", "the same numbers again, from what an evaluation left"),
     "view": Verb("braindino.viewer.view", "look at a scan; a click shows what looks alike to an encoder"),
     "figure": Verb("braindino.report.figure", "a paper figure from any runs: PDF, SVG, PNG and its table"),
-    "report": Verb("braindino.report.page", "one page with everything a folder holds"),
+    "report": Verb("braindino.report.page", "static pages with everything a folder holds, and its figures"),
 }
 
 

@@ -40,11 +40,11 @@ FORMAT_VERSION = 2
 SECONDS_BETWEEN_TABLES = 30.0
 WHOLE = (0.0, 1.0)
 """The range of all slices."""
-DEPTHS = ("early", "mid", "late")
 
 Pool = Literal["global", "cls", "patches"]
 SlicePool = Literal["cls", "patches"]
 Depth = Literal["early", "mid", "late"]
+DEPTHS: tuple[Depth, ...] = ("early", "mid", "late")
 Value = TypeVar("Value")
 
 

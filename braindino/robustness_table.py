@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from braindino.leakage import UNKNOWN
+from braindino.resampling import ITERATIONS
 from braindino.tables import align, read_table, write_table
 
 NOT_DEFINED = "n/a"
@@ -112,7 +113,7 @@ def format_robustness(rows: Iterable[RobustnessRow]) -> str:
             f"{row.n_cases}" + (f" ({row.n_missing} missing)" if row.n_missing else ""),
             f"{_short(row.estimate)} [{_short(row.low)}, {_short(row.high)}]",
             "" if row.clean else f"{_short(row.change)} [{_short(row.change_low)}, {_short(row.change_high)}]",
-            "" if row.clean else NOT_DEFINED if math.isnan(row.p) else f"{row.p:.2g}",
+            "" if row.clean else _short_p(row.p),
         )
         for row in rows
     ]
@@ -121,6 +122,12 @@ def format_robustness(rows: Iterable[RobustnessRow]) -> str:
 
 def _short(value: float) -> str:
     return NOT_DEFINED if math.isnan(value) else f"{value:.3f}"
+
+
+def _short_p(value: float) -> str:
+    if value == 0:  # of a bootstrap
+        return f"<{1 / ITERATIONS:g}"
+    return NOT_DEFINED if math.isnan(value) else f"{value:.2g}"
 
 
 def _text(value: object) -> str:

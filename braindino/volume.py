@@ -272,8 +272,8 @@ def save_on_grid(data: np.ndarray, grid: FileGrid, path: str | Path, *, dtype: n
     native = nib.orientations.apply_orientation(np.asarray(data, dtype=dtype), to_native)
     if native.shape != grid.shape:
         raise ValueError(
-            f"voxels of shape {data.shape} (RAS+): does not fit {grid.source}, whose grid is {grid.shape}; they must be "
-            "made on load_volume of that file"
+            f"voxels of shape {data.shape} (RAS+): does not fit {grid.source}, whose grid is {grid.shape}; they must "
+            "be made on load_volume of that file"
         )
     image = nib.Nifti1Image(native, grid.affine)
     image.set_sform(grid.affine, code=grid.sform_code)

@@ -42,6 +42,7 @@ from braindino.representation_tables import (
     SPREAD_FILE,
     CkaRow,
     CohortShareRow,
+    NeighbourRow,
     SpreadRow,
     write_cka,
     write_cohort_share,
@@ -85,7 +86,7 @@ def _run(config: RepresentConfig, *, command: list[str]) -> None:
     alignments = list(track(cka_rows(features, scans, groups), total=num_rows, desc="cka"))
     spreads = list(spread_rows(features, scans, groups))
     shares = list(cohort_share_rows(features, scans, k=config.neighbours))
-    neighbours = []
+    neighbours: list[NeighbourRow] = []
     for name, table in tables.items():
         whole = [query for query in queries if query.place is None]
         slices = [query for query in queries if query.place is not None]

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -74,7 +75,7 @@ def group_rows(scans: Sequence[Scan]) -> tuple[dict[str, np.ndarray], dict[str, 
     groups = {cohort: np.flatnonzero(cohorts == cohort) for cohort in sorted(set(cohorts.tolist()))}
     if ALL in groups:
         raise ValueError(f"a cohort is called {ALL!r}, as all cohorts together are; prepare it under another name")
-    sizes = {name: len({scans[row].subject_key for row in rows}) for name, rows in groups.items()}
+    sizes = {name: len({scans[row].subject_key for row in rows.tolist()}) for name, rows in groups.items()}
     small = {name: size for name, size in sizes.items() if size < MIN_UNITS}
     if len(groups) > 1:
         groups[ALL] = np.arange(len(scans))
@@ -96,9 +97,7 @@ def group_rows(scans: Sequence[Scan]) -> tuple[dict[str, np.ndarray], dict[str, 
 
 def read_features(table: FeatureTable, scans: Sequence[Scan]) -> dict[str, np.ndarray]:
     """Depth -> (n, D) features of the scans; ``global`` is the one that heads are given."""
-    features = {depth: table.layer(scans, depth) for depth in DEPTHS}
-    features[GLOBAL] = table.pooled(scans)
-    return features
+    return {**{depth: table.layer(scans, depth) for depth in DEPTHS}, GLOBAL: table.pooled(scans)}
 
 
 def cka_rows(
@@ -164,8 +163,7 @@ def cohort_share_rows(
                 rows = np.flatnonzero(asked & ((cohorts == cohort) | (cohort == ALL)))
                 if not rows.size:
                     continue
-                own = shares[rows]
-                interval = bootstrap_interval(lambda weights, own=own: weighted_mean(own, weights), subject_of[rows])
+                interval = bootstrap_interval(partial(weighted_mean, shares[rows]), subject_of[rows])
                 yield CohortShareRow(
                     encoder=encoder,
                     bank=bank,

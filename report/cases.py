@@ -166,7 +166,7 @@ def encoder_page(
             [
                 number,
                 element("span", score.case, id=f"{cell_anchor(ratio, variant)}-{slug(score.case)}"),
-                score.subject,
+                element("span", score.subject),
                 score.target,
                 score.predicted,
                 score.measure,
@@ -216,7 +216,7 @@ def segmentation_page(name: str, scores: SegmentationScores, folder: Path, root:
         [
             number,
             element("span", case, id=f"case-{slug(case)}"),
-            scores.subject_of.get(case, case),
+            element("span", scores.subject_of.get(case, case)),
             *(_number(scores.cases[case].get(region, math.nan), 3) for region in regions),
             *(_number(scores.hd95.get(case, {}).get(region, math.nan), 2) for region in regions if scores.hd95),
             element("a", "outlines", href=f"#outline-{slug(case)}") if case in drawn else "–",

@@ -79,22 +79,29 @@ class CurvePanel:
 
 
 def curve_figure(
-    panels: Sequence[CurvePanel], looks: Mapping[str, Look], *, small_print: str = "", floor_name: str = "no image"
+    panels: Sequence[CurvePanel],
+    looks: Mapping[str, Look],
+    *,
+    small_print: str = "",
+    floor_name: str = "without image",
+    columns: int | None = None,
 ) -> Figure:
-    """The panels in rows of up to three, with one legend and what the marks mean.
+    """The panels in rows, with one legend and what the marks mean.
 
     Args:
         panels: in reading order; one alone is as wide as a column, more fill a page.
         looks: series -> look.
         small_print: a line below the legend.
         floor_name: of the dotted line.
+        columns: panels in a row, at most three unless given.
 
     Raises:
         ValueError: no panel.
     """
     if not panels:
         raise ValueError("no panel to draw; expected at least one table with rows")
-    columns = min(3, len(panels)) if len(panels) != 4 else 2
+    if columns is None:
+        columns = min(3, len(panels)) if len(panels) != 4 else 2
     lines = math.ceil(len(panels) / columns)
     width = COLUMN_MM if len(panels) == 1 else PAGE_MM
     rows = max(len(_tested(panel, looks)) for panel in panels)

@@ -96,7 +96,7 @@ def cka_figure(
         for other, row in pairs
     ]
     words = "Bars: 95 % jackknife over subjects." if any(math.isfinite(row.low) for _, row in pairs) else ""
-    caption = f"Linear CKA of {first} with other encoders, by depth and cohort. {words}"
+    caption = f"Linear CKA of {first} with other encoders, by depth and cohort."
     return Drawing(curve_figure(panels, looks, small_print=words), _CKA_COLUMNS, table, caption)
 
 
@@ -126,7 +126,7 @@ def similarity_figure(panels: SimilarityPanels, *, title: str = "") -> Drawing:
     ratio = aspect * (box[0].stop - box[0].start) / (box[1].stop - box[1].start)
     table = []
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(inches(width), inches(side * ratio * (count + 1) + 20)), layout="constrained")
+        figure = Figure(figsize=(inches(width), inches(side * ratio * (count + 1) + 7)), layout="constrained")
         grid = figure.subplots(count + 1, len(panels.points), squeeze=False)
         image = panels.axial.image
         dark, bright = np.percentile(image[tissue], (1, 99))

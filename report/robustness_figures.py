@@ -82,7 +82,7 @@ def perturbation_figure(
     ]
     simulated = "".join(f"{text}. " for text in dict.fromkeys(row.data for row in kept if row.data))
     missing = "" if not any(row.n_missing for row in kept) else " Some conditions lack cases: see the table."
-    caption = f"Test-time perturbations; the encoder and its heads know nothing of them. {simulated}{_NOTE}{missing}"
+    caption = f"Test-time perturbations; the encoder and its heads know nothing of them. {simulated}{missing}"
     return Drawing(draw(kept), _COLUMNS, table, caption)
 
 
@@ -165,8 +165,6 @@ def _lines(rows: Sequence[RobustnessRow]) -> Figure:
     for measure in dict.fromkeys((row.task, row.metric) for row in rows):
         for kind in dict.fromkeys(row.perturbation for row in rows):
             of_panel = [row for row in rows if (row.task, row.metric) == measure and row.perturbation == kind]
-            if not of_panel:
-                continue
             severities = _severities(of_panel)
             labels = _severity_labels(of_panel, severities)
             panels.append(
@@ -178,11 +176,12 @@ def _lines(rows: Sequence[RobustnessRow]) -> Figure:
                         CurvePoint(series=r.encoder, x=r.severity, estimate=r.estimate, low=r.low, high=r.high)
                         for r in of_panel
                     ],
-                    tick_labels=dict(zip(severities, labels, strict=True)),
+                    tick_labels=dict(zip(severities, labels, strict=True)) or {0.0: "not scored"},
                     tests=[CurveTest(series=r.encoder, x=r.severity, p=r.p) for r in of_panel if not r.clean],
                 )
             )
-    return curve_figure(panels, looks, small_print=_NOTE)
+    columns = len({row.perturbation for row in rows})
+    return curve_figure(panels, looks, small_print=_NOTE, columns=columns)
 
 
 def _severities(rows: Sequence[RobustnessRow]) -> list[float]:

@@ -264,7 +264,7 @@ def dice_ratio_figure(
             )
     words = small_print(panels, short(first), "paired bootstrap over subjects, Holm")
     columns = ("trainer", "ratio", "metric", "region", "cases", "mean", "sd", "low", "high", "floor", "p_holm", "mark")
-    caption = f"Mean {metric} per region over the share of labelled cases. {words} Dotted: the whole brain."
+    caption = f"Mean {metric} per region over the share of labelled cases. Dotted: the whole brain."
     figure = curve_figure(panels, looks, small_print=words, floor_name="the whole brain")
     return Drawing(figure, columns, table, caption)
 

@@ -89,7 +89,7 @@ def survival_figure(
         raise ValueError(f"survival: none of the encoders and ratios asked for; found {found}")
     names = list(dict.fromkeys(row.encoder for row in shown))
     columns = sorted({row.ratio for row in shown})
-    end = max((step.time for step in steps), default=1.0) if until is None else until
+    end = 1.02 * max((step.time for step in steps), default=1.0) if until is None else until
     width = COLUMN_MM if len(columns) == 1 else PAGE_MM
     with mpl.rc_context(STYLE):
         height = 12 + len(names) * (48 if len(columns) <= 3 else 40)

@@ -145,7 +145,7 @@ def ratio_figure(
         panels.append(
             CurvePanel(
                 title=title,
-                xlabel=f"labels (%), 100 % = {_subjects_at_all(rows)}; tested on {full.test_subjects}",
+                xlabel=f"labels (%)\n100 % = {_subjects_at_all(rows)}; tested on {full.test_subjects:,}",
                 ylabel=axis_label(rows[0].metric),
                 points=points,
                 tick_labels={100 * row.ratio: f"{100 * row.ratio:g}" for row in rows},
@@ -156,9 +156,7 @@ def ratio_figure(
         table += _score_lines(run, rows, tests)
     first = _first(runs)
     words = small_print(panels, short(first), "Holm over the others")
-    caption = (
-        f"Metric over the share of labelled subjects, {_simulated(runs)}{words} Dotted: a predictor without image."
-    )
+    caption = f"Metric over the share of labelled subjects. {_simulated(runs)}Dotted: a predictor without image."
     floors = {row.baseline_name for run in runs for row in _chosen(run, metric, encoders)}
     floor_name = floors.pop() if len(floors) == 1 else "without image"
     figure = curve_figure(panels, looks, small_print=words, floor_name=floor_name)
@@ -186,7 +184,7 @@ def knn_figure(runs: Sequence[TaskRun], *, encoders: Collection[str] | None = No
         panels.append(
             CurvePanel(
                 title=title,
-                xlabel=f"neighbours k, of {rows[0].train_subjects} subjects; tested on {rows[0].test_subjects}",
+                xlabel=f"k\nneighbours among {rows[0].train_subjects:,} subjects; tested on {rows[0].test_subjects:,}",
                 ylabel=axis_label(rows[0].metric),
                 points=[_point(row, _k(row.variant)) for row in rows],
                 tick_labels={_k(row.variant): f"{_k(row.variant):g}" for row in rows},
@@ -196,7 +194,7 @@ def knn_figure(runs: Sequence[TaskRun], *, encoders: Collection[str] | None = No
         )
         table += _score_lines(run, rows, tests)
     words = small_print(panels, short(_first(runs)), "exact McNemar, Holm over k")
-    caption = f"Accuracy of k nearest neighbours, {_simulated(runs)}{words} Dotted: the most frequent class."
+    caption = f"Accuracy of k nearest neighbours. {_simulated(runs)}Dotted: the most frequent class."
     figure = curve_figure(panels, looks, small_print=words, floor_name="most frequent class")
     return Drawing(figure, _SCORE_COLUMNS, table, caption)
 
@@ -257,7 +255,7 @@ def strata_figure(runs: Sequence[TaskRun], *, encoders: Collection[str] | None =
                 )
             )
     words = small_print(panels, short(_first(runs)), "Holm within the group")
-    caption = f"By age group, {_simulated(runs)}{words} n: subjects of the group."
+    caption = f"By group. {_simulated(runs)}n: subjects of the group."
     columns = (
         "task",
         "encoder",
@@ -321,9 +319,12 @@ def reliability_figure(name: str, bins: Sequence[ReliabilityRow], lines: Sequenc
             )
         positive = bins[0].positive
         axes.set(
-            ylabel=f"observed share of {short(positive)}", xlim=(0, 1), ylim=(-0.02, 1.02), title=name.replace("_", " ")
+            ylabel=f"observed share of class {short(positive)}",
+            xlim=(0, 1),
+            ylim=(-0.02, 1.02),
+            title=name.replace("_", " "),
         )
-        counts.set(xlabel=f"predicted probability of {short(positive)}", ylabel="predictions")
+        counts.set(xlabel=f"predicted probability of class {short(positive)}", ylabel="predictions")
         for each in (axes, counts):
             each.grid(axis="y")
         counts.locator_params(axis="y", nbins=3)
@@ -386,6 +387,7 @@ def agreement_figure(
     low = min(min(value.target, value.predicted) for value in values)
     high = max(max(value.target, value.predicted) for value in values)
     margin = 0.04 * (high - low or 1)
+    of_unit = f", {unit}" if unit else ""
     table: list[tuple[object, ...]] = []
     with mpl.rc_context(STYLE):
         side = width / columns
@@ -419,15 +421,16 @@ def agreement_figure(
                     color=SOFT,
                 )
             axes.set_title(lettered(number, short(encoder, 22)))
+            axes.set(
+                xlabel=f"true{of_unit}" if number >= len(looks) - columns else "",
+                ylabel=f"predicted{of_unit}" if number % columns == 0 else "",
+            )
             axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
             axes.locator_params(nbins=5)
             axes.grid()
             table += [(name, v.encoder, v.case, *_cells(v.target, v.predicted)) for v in chosen]
         for axes in grid[len(looks) :]:
             axes.set_visible(False)
-        of_unit = f", {unit}" if unit else ""
-        figure.supylabel(f"predicted{of_unit}", fontsize=6.5)
-        figure.supxlabel(f"true{of_unit}", fontsize=6.5)
         cases = len({value.case for value in values})
         add_foot(
             figure,

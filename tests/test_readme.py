@@ -37,7 +37,7 @@ def test_every_file_the_readme_points_to_is_there() -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / link).exists(), link
     for code in re.findall(
-        r"`((?:braindino|pretrain|preprocessing|downstream|report|nnunet_braindino)/[\w./]*)`", README
+        r"`((?:braindino|pretrain|preprocessing|downstream|simulation|report|viewer|nnunet_braindino)/[\w./]*)`", README
     ):
         assert (ROOT / code).exists(), code
 

@@ -1,12 +1,13 @@
 """What may be looked at: the scans that were given, each under a key that is no path."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from braindino.fingerprint import content_hash
 from braindino.manifest import Scan, load_brain, mask_path, read_scans
 from braindino.slices import axial_slices
 from braindino.transforms import CUBE_SHAPE, crop_to_foreground, resize
@@ -127,16 +128,23 @@ class ScanShelf:
         return self._thumbnails.get((key, index), lambda: draw_slice(_load_brain(source), index))
 
 
-def given_source(
-    scan: Path, *, mask: Path | None, segmentation: Path | None, prepared: Iterable[Source] = ()
-) -> Source:
-    """The scan of the command line; what a prepared folder knows of the same file, its mask too, counts for it."""
-    path = scan.resolve()
-    known = next((each for each in prepared if Path(each.scan.path).resolve() == path), None)
-    if known is not None:
-        return Source(GIVEN, known.scan, known.prepared_dir, mask, segmentation)
-    name = scan.name.removesuffix(".gz").removesuffix(".nii")
-    return Source(GIVEN, Scan(path=str(path), cohort="", subject=name), None, mask, segmentation)
+def given_source(path: Path, *, mask: Path | None, segmentation: Path | None, known: Iterable[Source] = ()) -> Source:
+    """The scan of the command line. What is known of the same scan, by its path or, where that differs, by its voxels,
+    is known of this one: its subject, who is no neighbour of himself, and the mask of a prepared folder.
+
+    Raises:
+        VolumeError: the file cannot be used.
+        OSError: there is no such file.
+    """
+    sources = list(known)
+    found = next((each for each in sources if Path(each.scan.path).resolve() == path.resolve()), None)
+    if found is None and any(each.scan.content_hash for each in sources):
+        voxels = content_hash(load_volume(path))
+        found = next((each for each in sources if each.scan.content_hash == voxels), None)
+    if found is None:
+        name = path.name.removesuffix(".gz").removesuffix(".nii")
+        return Source(GIVEN, Scan(path=str(path), cohort="", subject=name), None, mask, segmentation)
+    return Source(GIVEN, replace(found.scan, path=str(path)), None, mask or _mask_file(found), segmentation)
 
 
 def prepared_sources(prepared_dir: Path) -> list[Source]:

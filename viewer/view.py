@@ -12,9 +12,10 @@ import tyro
 
 from braindino.encoders.catalogue import load_volume_encoder
 from braindino.encoders.options import parse_options
+from braindino.feature_table import FeatureTable
 from braindino.manifest import SEQUENCES
 from braindino.viewer.neighbours import read_tables
-from braindino.viewer.scans import GIVEN, ScanShelf, given_source, prepared_sources
+from braindino.viewer.scans import GIVEN, ScanShelf, Source, given_source, prepared_sources
 from braindino.viewer.server import ViewServer
 from braindino.viewer.session import Session
 from braindino.viewer.token_planes import LoadedEncoder
@@ -98,7 +99,9 @@ def build_session(config: ViewConfig) -> Session:
     """
     sources = prepared_sources(config.prepared) if config.prepared is not None else []
     if config.scan is not None:
-        given = given_source(config.scan, mask=config.mask, segmentation=config.segmentation, prepared=sources)
+        listed = [Source(scan.scan_id, scan) for folder in config.features for scan in FeatureTable(folder).scans]
+        known = [*sources, *listed]
+        given = given_source(config.scan, mask=config.mask, segmentation=config.segmentation, known=known)
         sources.insert(0, given)
     shelf = ScanShelf(sources)
     if config.scan is not None:

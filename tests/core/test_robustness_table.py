@@ -96,3 +96,4 @@ def test_the_text_for_a_terminal_tells_clean_from_perturbed_and_what_is_missing(
     assert clean.endswith("0.690 [0.610, 0.770]")
     assert "30 (1 missing)" in dark
     assert "-0.061 [-0.100, -0.020]" in dark
+    assert dark.endswith("<0.0005")

@@ -328,6 +328,50 @@ def test_survival_orders_patients_and_stands_beside_cox_on_age(tmp_path, capsys)
     assert 0 < sum(above) < 16
 
 
+def test_the_curves_of_the_risk_groups_are_kept_step_by_step(tmp_path):
+    cohort = survival_cohort(tmp_path)
+    arguments = ("--labels", cohort / "clinical.tsv", "--ratios", 1.0, "--seeds", 0, "--test-fraction", 0.4)
+    assert run(cohort, "os_cox", *arguments) == 0
+    steps = read(cohort / "eval" / "os_cox" / "survival_curves.tsv")
+    for group in read(cohort / "eval" / "os_cox" / "survival.tsv"):
+        curve = [s for s in steps if (s["encoder"], s["group"]) == (group["encoder"], group["group"])]
+        chosen = [
+            (float(row["time"]), float(row["event"]))
+            for row in predictions(cohort, "os_cox", group["encoder"])
+            if (float(row["above_cut"]) > 0) == (group["group"] == "high risk")
+        ]
+        assert len(chosen) == int(group["cases"]) == int(curve[0]["at_risk"])
+        survival = 1.0
+        for step in curve:
+            time = float(step["time"])
+            at_risk = sum(t >= time for t, _ in chosen)
+            events = sum(t == time and e > 0 for t, e in chosen)
+            survival *= 1 - events / at_risk
+            assert (int(step["at_risk"]), int(step["events"])) == (at_risk, events)
+            assert int(step["left"]) == sum(t == time and not e for t, e in chosen)
+            assert float(step["survival"]) == pytest.approx(survival, abs=5e-4)
+        reached = [float(step["time"]) for step in curve if float(step["survival"]) <= 0.5]
+        assert float(group["median"]) == pytest.approx(min(reached), abs=1e-3)
+
+
+def test_probabilities_of_two_classes_stand_beside_what_was_observed(tmp_path):
+    cohort = survival_cohort(tmp_path)
+    arguments = ("--labels", cohort / "clinical.tsv", "--ratios", 1.0, "--seeds", 0, 1, "--test-fraction", 0.4)
+    assert run(cohort, "os_class", *arguments) == 0
+    bins = [row for row in read(cohort / "eval" / "os_class" / "reliability.tsv") if row["encoder"] == "good"]
+    assert len(bins) == 10
+    column = f"probability_{bins[0]['positive']}"
+    rows = predictions(cohort, "os_class", "good")
+    for each in bins:
+        inside = [r for r in rows if float(each["low"]) < float(r[column]) <= float(each["high"]) + 1e-12]
+        assert int(each["n"]) == len(inside)
+        if inside:
+            share = np.mean([row["target"] == each["positive"] for row in inside])
+            assert float(each["observed_share"]) == pytest.approx(share, abs=5e-4)
+            mean = np.mean([float(row[column]) for row in inside])
+            assert float(each["mean_predicted"]) == pytest.approx(mean, abs=5e-4)
+
+
 def test_sequences_that_a_patient_lacks_are_left_out_of_the_mean(tmp_path, capsys):
     cohort = survival_cohort(tmp_path)
     arguments = ("--labels", cohort / "clinical.tsv", "--ratios", 1.0, "--seeds", 0, "--test-fraction", 0.4)

@@ -66,7 +66,8 @@ def cohort(tmp_path):
         "sex": "target: {kind: class, column: sex, classes: [F, M]}\nmetrics: [auc, macro_auc, balanced_accuracy]",
         "nearest": "target: {kind: class, column: sex, classes: [F, M]}\nknn: {neighbours: [1, 5, 50]}\n"
         "metrics: [accuracy, balanced_accuracy]",
-        "years": "target: {kind: number, column: age, unit: years}\ntraining: {loss: squared_error, steps: 100, learning_rate: 5.0e-3}\n"
+        "years": "target: {kind: number, column: age, unit: years}\n"
+        "training: {loss: squared_error, steps: 100, learning_rate: 5.0e-3}\n"
         "metrics: [mae, rmse, r2]",
         "death": "target: {kind: survival, column: days, unit: days, event: died}\n"
         "training: {loss: cox, steps: 60}\nmetrics: [c_index]",

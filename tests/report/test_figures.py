@@ -239,7 +239,7 @@ def test_strata_show_their_subjects_and_no_lines_between_them(tmp_path):
 
 
 def survival_tables() -> tuple[list[SurvivalRow], list[SurvivalStep]]:
-    """Two groups of three, by hand: high risk dies at 1, 2, leaves at 3; low risk leaves at 2, dies at 4, leaves at 5."""
+    """Two groups of three, by hand: high risk dies at 1 and 2, low risk at 4; the others leave."""
     high = [(1.0, 3, 1, 0, 2 / 3), (2.0, 2, 1, 0, 1 / 3), (3.0, 1, 0, 1, 1 / 3)]
     low = [(2.0, 3, 0, 1, 1.0), (4.0, 2, 1, 0, 0.5), (5.0, 1, 0, 1, 0.5)]
     steps = [

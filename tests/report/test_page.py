@@ -7,6 +7,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from braindino.volume import save_array
 from braindino.weights import save_encoder
 
 SCRIPT = "<script>alert('sub')</script>"
+SCAN = Scan("/x/sub-1_ses-1_ce-gadolinium_T1w.nii.gz", "c", "sub-1", "ses-1", "T1c").scan_id
 VOID = {"br", "col", "hr", "img", "link", "meta"}
 SUMMARY = (
     "encoder ratio variant metric estimate low high baseline baseline_low baseline_high baseline_name "
@@ -169,7 +171,7 @@ def test_nothing_is_loaded_from_elsewhere(project, page):
         elif address.startswith("#"):
             assert address[1:] in page.ids
         else:
-            assert (project / "report" / address).is_file(), address
+            assert (project / "report" / unquote(address.partition("#")[0])).is_file(), address
 
 
 def test_every_id_is_given_once(page):
@@ -224,6 +226,95 @@ def test_a_damaged_file_is_named_on_the_page_and_by_the_exit_code(tmp_path, caps
     assert "metrics.jsonl, line 1: not a JSON object" in capsys.readouterr().err
     text = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8")).text
     assert "metrics.jsonl, line 1: not a JSON object" in text and "subjects 2" in text
+
+
+def test_an_estimate_leads_to_its_cases_worst_first(project):
+    index = (project / "report" / "index.html").read_text(encoding="utf-8")
+    (address,) = re.findall(r'<a href="([^"]*)">0\.917 \[0\.750, 1\.000\]</a>', index)
+    assert address == "cases/sequence-pretrained.html#labels-1"
+    text = (project / "report" / "cases" / "sequence-pretrained.html").read_text(encoding="utf-8")
+    cases = Page(text)
+    assert "labels-1" in cases.ids and "script" not in cases.tags
+    # The truth, T1c, was given 0.25 in the first case; the truth, T1, 0.5 in the second.
+    assert re.search(rf"1 {SCAN} c/sub-1 T1c T1 0\.250 2 .* 2 other c/<script>.* T1 T1 0\.500 2 gone", cases.text)
+
+
+def test_a_case_leads_to_the_row_of_its_scan_and_a_quarantined_scan_has_one(project):
+    text = (project / "report" / "cases" / "sequence-pretrained.html").read_text(encoding="utf-8")
+    assert f'<a href="../scans.html#scan-{SCAN}">sub-1 ses-1 T1c</a>' in text
+    scans = Page((project / "report" / "scans.html").read_text(encoding="utf-8"))
+    assert f"scan-{SCAN}" in scans.ids and "four_dimensional: a series & not a volume" in scans.text
+    assert "x_T1.nii.gz" not in scans.text, "no case refers to it"
+
+
+def test_every_link_of_every_page_leads_somewhere(project):
+    pages = sorted((project / "report").rglob("*.html"))
+    assert len(pages) == 4
+    ids = {path: Page(path.read_text(encoding="utf-8")).ids for path in pages}
+    for path in pages:
+        for name, address in Page(path.read_text(encoding="utf-8")).addresses:
+            if name == "href":
+                file, _, fragment = unquote(address).partition("#")
+                target = (path.parent / file).resolve() if file else path
+                assert target.is_file(), f"{path.name}: {address}"
+                assert not fragment or fragment in ids[target], f"{path.name}: {address}"
+
+
+def test_dice_leads_to_the_cases_of_the_predictions(project):
+    index = (project / "report" / "index.html").read_text(encoding="utf-8")
+    assert '<a href="cases/segmentation-predictions-pretrained.html">0.812 ± 0.044</a>' in index
+    cases = Page(
+        (project / "report" / "cases" / "segmentation-predictions-pretrained.html").read_text(encoding="utf-8")
+    )
+    assert re.search(r"1 case_2 case_2 0\.781 n/a .* 2 case_1 case_1 0\.843 n/a", cases.text)
+    assert "No outlines" in cases.text
+
+
+def test_a_second_report_replaces_the_first_and_nothing_else(project, tmp_path):
+    shutil.copytree(project, tmp_path / "copy")
+    copy = tmp_path / "copy"
+
+    def content() -> dict[str, bytes]:
+        return {str(path.relative_to(copy)): path.read_bytes() for path in sorted(copy.rglob("*")) if path.is_file()}
+
+    assert main([str(copy)]) == 0
+    before = content()
+    for stale in ("cases/old-task.html", "figures/old.pdf"):
+        (copy / "report" / stale).parent.mkdir(exist_ok=True)
+        (copy / "report" / stale).write_text("of an earlier run")
+    (copy / "report" / "my-notes.txt").write_text("mine")
+    assert main([str(copy)]) == 0
+    after = content()
+    assert after.pop("report/my-notes.txt") == b"mine"
+    assert after == before
+
+
+def test_a_report_of_a_thousand_subjects_stays_small(tmp_path):
+    folder = tmp_path / "eval" / "sequence"
+    write_evaluation(folder)
+    rows = [
+        f"0,{seed},{ratio},,s{subject},c/{subject},T1,{'T1' if subject % 3 else 'T2'},{0.5 + subject / 4000},0.1,T1,"
+        for ratio in ("0.1", "0.2", "0.4", "0.6", "0.8", "1")
+        for seed in (0, 1, 2)
+        for subject in range(1500)
+    ]
+    header = "split,seed,ratio,variant,case,subject,target,predicted,probability_T1,probability_T2,baseline,clinical"
+    (folder / "pretrained" / "predictions.csv").write_text("\n".join([header, *rows]) + "\n")
+    assert main([str(tmp_path)]) == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "report").rglob("*") if path.is_file())
+    assert size < 1_500_000
+    text = (tmp_path / "report" / "cases" / "sequence-pretrained.html").read_text(encoding="utf-8")
+    assert "1500 cases, worst first; 500 more in predictions.csv" in text
+    assert "1500 cases, worst first; 1450 more in predictions.csv" in text
+
+
+def test_what_was_audited_stands_on_the_page(project, page):
+    assert "sequence 5 test subjects pretrained unknown" in page.text
+    assert "segmentation predictions/pretrained 2 scored subjects predictions/pretrained unknown" in page.text
+
+
+def test_every_task_says_how_to_get_its_numbers_again(page):
+    assert "braindino reproduce eval/sequence" in page.text
 
 
 def test_an_empty_folder_is_an_error_that_names_what_was_expected(tmp_path, capsys):
@@ -321,5 +412,12 @@ def write_evaluation(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "summary.tsv").write_text("\n".join("\t".join(row) for row in [SUMMARY.split(), *rows]) + "\n")
     (folder / "pretrained").mkdir()
-    (folder / "pretrained" / "predictions.csv").write_text("case\n")
+    (folder / "pretrained" / "predictions.csv").write_text(
+        "split,seed,ratio,variant,case,subject,target,predicted,probability_T1,probability_T1c,baseline,clinical\n"
+        + "".join(f"0,{seed},1,,{case},c/{subject},{target},T1,{p},{1 - p},T1,\n" for seed in (0, 1)
+                  for case, subject, target, p in ((SCAN, "sub-1", "T1c", 0.75), ("other", SCRIPT, "T1", 0.5)))
+    )  # fmt: skip
+    (folder / "cases.tsv").write_text(
+        f"case\tsubject\tscans\ttarget\n{SCAN}\tc/sub-1\t{SCAN}\tT1c\nother\t{SCRIPT}\tgone\tT1\n"
+    )
     (folder / "run.json").write_text(json.dumps({"provenance": {"command": ["braindino", "evaluate", "sequence"]}}))

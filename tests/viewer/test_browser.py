@@ -85,6 +85,9 @@ def shown(view, phantom_session) -> Viewer:
 
 
 def test_the_scan_and_a_first_map_are_shown(shown) -> None:
+    for _ in range(2):  # chosen by hand, the rendering stays however slow this machine draws
+        shown.page.locator("#toggle-render").click()
+    assert shown.page.locator("#toggle-render").get_attribute("aria-pressed") == "true"
     pixels = shown.pixels()
     assert pixels.shape == (716, 940, 3)
     spread = pixels.max(axis=2) - pixels.min(axis=2)
@@ -336,3 +339,24 @@ def test_without_an_encoder_the_scan_is_shown_alone(view, phantom) -> None:
     viewer.page.keyboard.press("?")
     assert viewer.page.locator("#keys").is_visible()
     assert not viewer.watched.errors
+
+
+def test_a_rendering_that_takes_too_long_is_turned_off_and_can_be_turned_on(shown) -> None:
+    page = shown.page
+    # A machine that draws slowly: half a second passes whenever somebody looks at the clock.
+    page.evaluate(
+        "{ const now = performance.now.bind(performance); let x = 0; performance.now = () => now() + (x += 500); }"
+    )
+    page.locator("#draw-patches").click()
+    shown.wait_for_map()
+    page.locator("#draw-smooth").click()
+    shown.wait_for_map()
+    shown.wait(lambda: page.locator("#toggle-render").get_attribute("aria-pressed") == "false", "it is still on")
+    assert "without a graphics card" in shown.text("render-note")
+    page.keyboard.press("r")
+    assert page.locator("#toggle-render").get_attribute("aria-pressed") == "true"
+    assert not page.locator("#render-note").is_visible()
+    page.locator("#draw-patches").click()
+    shown.wait_for_map()
+    assert page.locator("#toggle-render").get_attribute("aria-pressed") == "true", "chosen by hand"
+    assert not shown.watched.errors

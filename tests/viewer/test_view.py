@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from braindino.feature_table import FeatureTable, FeatureTableMeta, FeatureTableWriter
+from braindino.fingerprint import content_hash
 from braindino.manifest import Scan, write_scans
 from braindino.viewer import view
 from braindino.viewer.neighbours import NUM_NEIGHBOURS, read_tables
-from braindino.viewer.scans import GIVEN, ScanShelf, given_source, open_scan, prepared_sources, scan_nifti
+from braindino.viewer.scans import GIVEN, ScanShelf, Source, given_source, open_scan, prepared_sources, scan_nifti
 from braindino.viewer.session import Session
 from braindino.viewer.token_planes import LoadedEncoder
 from braindino.volume import load_volume, save_array
@@ -67,11 +68,21 @@ def test_the_encoder_sees_the_brain_and_the_page_the_whole_head(prepared) -> Non
     assert "no brain mask" in bare.warning and "--mask" in bare.warning
 
 
-def test_a_given_scan_that_was_prepared_keeps_its_row_and_its_mask(prepared) -> None:
+def test_a_given_scan_that_was_prepared_keeps_its_subject_and_its_mask(prepared, tmp_path) -> None:
     folder, scans = prepared
-    source = given_source(Path(scans[1].path), mask=None, segmentation=None, prepared=prepared_sources(folder))
+    source = given_source(Path(scans[1].path), mask=None, segmentation=None, known=prepared_sources(folder))
     assert (source.key, source.scan) == (GIVEN, scans[1])
     assert open_scan(source).mask is not None
+    # A copy under another name is the same scan, by its voxels.
+    copy = tmp_path / "renamed.nii.gz"
+    copy.write_bytes(Path(scans[1].path).read_bytes())
+    hashed = replace(scans[1], content_hash=content_hash(load_volume(copy)))
+    known = [Source("x", scans[0], folder), Source("y", hashed, folder)]
+    source = given_source(copy, mask=None, segmentation=None, known=known)
+    assert (source.scan.subject_key, source.scan.path) == (scans[1].subject_key, str(copy))
+    np.testing.assert_array_equal(open_scan(source).mask, open_scan(prepared_sources(folder)[1]).mask)
+    stranger = given_source(Path(scans[2].path), mask=None, segmentation=None, known=known)
+    assert (stranger.scan.subject_key, stranger.mask) == ("/scan", None)
 
 
 def test_only_scans_that_were_done_are_offered(prepared) -> None:

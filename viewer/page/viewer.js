@@ -16,6 +16,8 @@ const LABEL_COLOURS = [
 ];
 const MASK_COLOUR = [53, 194, 154];
 const SECONDS_BEFORE_WORKING = 0.15;
+// Without a graphics card the 3D rendering takes most of the time of a click: off after two such pictures.
+const SLOW_PICTURE_SECONDS = 0.3;
 
 const element = (id) => document.getElementById(id);
 const show = (id, visible) => { element(id).hidden = !visible; };
@@ -35,6 +37,8 @@ const state = {
   overlays: {}, // mask, segmentation: { values, edges } on the scan's voxels, x fastest
   drawnLayer: null, // the layer of the scan that the map was drawn on
   render: true,
+  renderChosen: false, // by the user: then it stays
+  slowPictures: 0,
   pressing: false,
   asking: false,
   askAgain: false,
@@ -110,6 +114,17 @@ const nv = new Niivue({
   show3Dcrosshair: true,
 });
 
+// NiiVue draws at every event, several times a click; one picture a frame is enough. Without a graphics card each takes
+// a quarter of a second, and they would be waited for one after another.
+const drawNow = nv.drawScene.bind(nv);
+let planned = 0;
+nv.drawScene = () => {
+  planned ||= requestAnimationFrame(() => {
+    planned = 0;
+    drawNow();
+  });
+};
+
 // Overlays are put together here and handed to the graphics card as one texture. NiiVue's own way would resample every
 // overlay over the whole volume at every click; a map changes one layer.
 
@@ -128,8 +143,10 @@ const similarityTable = (() => {
   return table;
 })();
 
-// Voxels with a face towards another value: a contour in every plane.
-function findEdges(values, [nx, ny, nz]) {
+// Voxels with a face towards another value: a contour in every plane. In thick slices only within the slice: a border
+// between two of them would fill what it should outline.
+function findEdges(values, { shape: [nx, ny, nz], spacing }) {
+  const thick = spacing[2] > 2 * spacing[0];
   const edges = new Uint8Array(values.length);
   const [row, plane] = [nx, nx * ny];
   for (let z = 0, at = 0; z < nz; z++) {
@@ -140,7 +157,7 @@ function findEdges(values, [nx, ny, nz]) {
         if (
           (x > 0 && values[at - 1] !== value) || (x < nx - 1 && values[at + 1] !== value) ||
           (y > 0 && values[at - row] !== value) || (y < ny - 1 && values[at + row] !== value) ||
-          (z > 0 && values[at - plane] !== value) || (z < nz - 1 && values[at + plane] !== value)
+          (!thick && ((z > 0 && values[at - plane] !== value) || (z < nz - 1 && values[at + plane] !== value)))
         ) edges[at] = 1;
       }
     }
@@ -223,7 +240,7 @@ function drawOverlays() {
   for (let z = 0; z < nz; z++) paintLayer(z, pixels, 4 * nx * ny * z);
   sendLayers(0, nz, new Uint8Array(pixels.buffer));
   state.drawnLayer = state.map?.layer ?? null;
-  nv.drawScene();
+  draw();
 }
 
 // The layer that had the map and the one that has it now.
@@ -236,7 +253,23 @@ function drawMap() {
     sendLayers(z, 1, new Uint8Array(pixels.buffer));
   }
   state.drawnLayer = state.map?.layer ?? null;
-  nv.drawScene();
+  draw();
+}
+
+// One pixel is read back: only then the picture is there, and the time is that of the drawing. It also keeps pictures
+// from piling up where a processor has to draw them.
+function draw() {
+  const begun = performance.now();
+  cancelAnimationFrame(planned);
+  planned = 0;
+  drawNow();
+  nv.gl.readPixels(0, 0, 1, 1, nv.gl.RGBA, nv.gl.UNSIGNED_BYTE, new Uint8Array(4));
+  const seconds = (performance.now() - begun) / 1000;
+  state.slowPictures = state.render && seconds > SLOW_PICTURE_SECONDS ? state.slowPictures + 1 : 0;
+  if (state.slowPictures < 2 || state.renderChosen) return;
+  showRender(false);
+  say("render-note", `The 3D rendering is off: a picture took ${seconds.toFixed(1)} s, as it does without a graphics card. R turns it on.`);
+  show("render-note", true);
 }
 
 // A new scan needs an overlay of its own size; NiiVue mixes one in when it counts one.
@@ -250,7 +283,7 @@ function arrange() {
   const { AXIAL, CORONAL, SAGITTAL, RENDER } = SLICE_TYPE;
   const right = state.render ? [CORONAL, SAGITTAL, RENDER] : [CORONAL, SAGITTAL];
   const height = 1 / right.length;
-  const wide = state.render ? 0.66 : 0.6;
+  const wide = 0.66;
   nv.setCustomLayout([
     { sliceType: AXIAL, position: [0, 0, wide, 1] },
     ...right.map((sliceType, index) => ({ sliceType, position: [wide, index * height, 1 - wide, height] })),
@@ -275,8 +308,8 @@ async function openScan(key, { layerOfSlice } = {}) {
     const image = await NVImage.new(await ask(`api/scans/${key}/volume`), "scan.nii", "gray", 1);
     [image.cal_min, image.cal_max] = facts.window;
     const overlays = {};
-    if (facts.mask) overlays.mask = withEdges(new Uint8Array(await ask(`api/scans/${key}/mask`)), facts.shape);
-    if (facts.segmentation) overlays.segmentation = withEdges(new Int16Array(await ask(`api/scans/${key}/segmentation`)), facts.shape);
+    if (facts.mask) overlays.mask = withEdges(new Uint8Array(await ask(`api/scans/${key}/mask`)), facts);
+    if (facts.segmentation) overlays.segmentation = withEdges(new Int16Array(await ask(`api/scans/${key}/segmentation`)), facts);
     if (mine !== state.opening) return; // another scan was chosen meanwhile
     Object.assign(state, { scan: facts, image, overlays, map: null, reference: null, crosshair: null, drawnLayer: null });
     state.labelColours = new Map(facts.labels.map(({ value }, index) => [value, LABEL_COLOURS[index % LABEL_COLOURS.length]]));
@@ -301,8 +334,8 @@ async function openScan(key, { layerOfSlice } = {}) {
   }
 }
 
-function withEdges(values, shape) {
-  return { values, edges: findEdges(values, shape) };
+function withEdges(values, facts) {
+  return { values, edges: findEdges(values, facts) };
 }
 
 // Slice of the standard cube -> layer of the scan: the cube is the box of the brain, which the server measured.
@@ -610,7 +643,7 @@ function neighbourCard(row) {
 // What is shown, with the words and the scale that it needs to be understood without the page.
 function savePicture() {
   if (!state.scan) return;
-  nv.drawScene();
+  drawNow();
   const source = element("canvas");
   const unit = source.width / source.clientWidth;
   const strip = Math.round(78 * unit);
@@ -708,10 +741,17 @@ function listen() {
   window.addEventListener("keyup", (event) => { if (event.target === canvas) event.stopPropagation(); }, true);
 }
 
-function toggleRender() {
-  state.render = !state.render;
-  element("toggle-render").setAttribute("aria-pressed", state.render);
+function showRender(on) {
+  state.render = on;
+  state.slowPictures = 0;
+  element("toggle-render").setAttribute("aria-pressed", on);
   arrange();
+}
+
+function toggleRender() {
+  state.renderChosen = true;
+  show("render-note", false);
+  showRender(!state.render);
 }
 
 function toggleLayer(name) {
