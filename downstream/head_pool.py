@@ -1,8 +1,8 @@
 """Many heads in several processes, with progress.
 
 A step of a head is some thirty short operations, and after each of them the threads of one process wait for each other
-in Python: two processes train 150 heads of the paper's size in three quarters of the time of two threads
-(``benchmarks/heads.py``). A process takes seconds to start, so a few heads are trained where they are asked for.
+in Python; processes do not (``benchmarks/RESULTS.md``). A process takes seconds to start, so a few heads are trained
+where they are asked for.
 """
 
 import multiprocessing
