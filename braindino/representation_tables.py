@@ -10,11 +10,11 @@ A number that is not defined is NaN, and ``n/a`` in the file.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from braindino.tables import read_table, write_table
+from braindino.tables import read_rows, write_rows
 
 CKA_FILE, SPREAD_FILE = "cka.tsv", "spread.tsv"
 COHORT_SHARE_FILE, NEIGHBOURS_FILE = "cohort_share.tsv", "neighbours.tsv"
@@ -205,31 +205,21 @@ def read_neighbours(path: str | Path) -> list[NeighbourRow]:
     return _read(path, NeighbourRow)
 
 
-def _write(path: str | Path, rows: Sequence[Any], kind: type) -> None:
-    names = [field.name for field in fields(kind)]
-    write_table(path, names, ([_text(getattr(row, name)) for name in names] for row in rows))
+def _write(path: str | Path, rows: Sequence[Row], kind: type[Row]) -> None:
+    write_rows(path, kind, rows, _text)
 
 
 def _read(path: str | Path, kind: type[Row]) -> list[Row]:
-    columns = fields(kind)
-    table = read_table(path, [field.name for field in columns])
-    rows: list[Row] = []
-    for line, row in zip(table.lines, table.rows, strict=True):
-        try:
-            values: dict[str, Any] = {field.name: _value(row[field.name], field.type) for field in columns}
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line}: {error}; expected the table of `braindino represent`") from error
-        rows.append(kind(**values))
-    return rows
+    return read_rows(path, kind, _value, written_by="braindino represent")
 
 
-def _text(value: object) -> str:
+def _text(_name: str, value: object) -> str:
     if isinstance(value, float):
         return UNDEFINED if math.isnan(value) else f"{value:.6g}"
     return str(value)
 
 
-def _value(text: str, kind: object) -> object:
+def _value(_name: str, text: str, kind: object) -> object:
     if kind is float:
         return math.nan if text == UNDEFINED else float(text)
     return int(text) if kind is int else text

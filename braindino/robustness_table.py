@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Literal
 
 from braindino.leakage import UNKNOWN
 from braindino.resampling import ITERATIONS
-from braindino.tables import align, read_table, write_table
+from braindino.tables import align, read_rows, write_rows
 
 NOT_DEFINED = "n/a"
 
@@ -72,12 +72,11 @@ class RobustnessRow:
 
 
 COLUMNS = tuple(field.name for field in fields(RobustnessRow))
-_TYPES = {name: hint if isinstance(hint, type) else str for name, hint in get_type_hints(RobustnessRow).items()}
 
 
 def write_robustness(rows: Iterable[RobustnessRow], path: str | Path) -> None:
     """Write the rows atomically, in their order."""
-    write_table(path, COLUMNS, ([_text(getattr(row, name)) for name in COLUMNS] for row in rows))
+    write_rows(path, RobustnessRow, rows, _text)
 
 
 def read_robustness(path: str | Path) -> list[RobustnessRow]:
@@ -86,15 +85,7 @@ def read_robustness(path: str | Path) -> list[RobustnessRow]:
     Raises:
         ValueError: a column is missing, a cell is not of its type, or there is no row; names the file and the line.
     """
-    table = read_table(path, COLUMNS)
-    rows = []
-    for line, row in zip(table.lines, table.rows, strict=True):
-        try:
-            rows.append(RobustnessRow(**{name: _value(name, row[name]) for name in COLUMNS}))
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {line}: {error}; expected the table that `braindino robustness` writes"
-            ) from error
+    rows = read_rows(path, RobustnessRow, _value, written_by="braindino robustness")
     if not rows:
         raise ValueError(f"{path}: no row; expected the table that `braindino robustness` writes")
     return rows
@@ -130,7 +121,7 @@ def _short_p(value: float) -> str:
     return NOT_DEFINED if math.isnan(value) else f"{value:.2g}"
 
 
-def _text(value: object) -> str:
+def _text(_name: str, value: object) -> str:
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, float):
@@ -139,8 +130,7 @@ def _text(value: object) -> str:
     return " ".join(str(value).split())
 
 
-def _value(name: str, text: str) -> Any:
-    kind = _TYPES[name]
+def _value(name: str, text: str, kind: object) -> object:
     if kind is bool:
         if text not in ("0", "1"):
             raise ValueError(f"{name}: found {text!r}; expected 0 or 1")
@@ -148,6 +138,6 @@ def _value(name: str, text: str) -> Any:
     if kind is float and text == NOT_DEFINED:
         return math.nan
     try:
-        return kind(text)
+        return float(text) if kind is float else int(text) if kind is int else text
     except ValueError as error:
         raise ValueError(f"{name}: found {text!r}; expected a number") from error

@@ -2,11 +2,14 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from braindino.atomic import write_text
+
+Row = TypeVar("Row")
 
 
 class Table(NamedTuple):
@@ -49,6 +52,43 @@ def read_table(path: str | Path, columns: Sequence[str] = ()) -> Table:
             rows.append(row)
             lines.append(reader.line_num)
     return Table(found, rows, lines)
+
+
+def read_rows(
+    path: str | Path, kind: type[Row], parse: Callable[[str, str, Any], object], *, written_by: str
+) -> list[Row]:
+    """The rows of a table with a column for each field of the dataclass ``kind``, in the order of the file.
+
+    Args:
+        path: the file.
+        kind: of the rows.
+        parse: (name, text, type of the field) -> value; a ValueError says what is wrong with the text.
+        written_by: command that makes such tables, for messages.
+
+    Raises:
+        ValueError: a column is missing, or a cell is not of its type; names the file and the line.
+    """
+    columns: Any = fields(kind)  # type: ignore[arg-type]
+    expected = f"expected the table that `{written_by}` writes"
+    try:
+        table = read_table(path, [column.name for column in columns])
+    except ValueError as error:
+        raise ValueError(f"{error}: {expected}") from error
+    rows = []
+    for line, texts in zip(table.lines, table.rows, strict=True):
+        try:
+            rows.append(kind(**{each.name: parse(each.name, texts[each.name], each.type) for each in columns}))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}; {expected}") from error
+    return rows
+
+
+def write_rows(path: str | Path, kind: type[Row], rows: Iterable[Row], text: Callable[[str, Any], str]) -> None:
+    """Write what ``read_rows`` reads, atomically, with ``text`` of (name, value) in the cells; a header alone where
+    there is no row.
+    """
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    write_table(path, names, ([text(name, getattr(row, name)) for name in names] for row in rows))
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:

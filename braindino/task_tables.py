@@ -6,23 +6,23 @@ survival.tsv           risk groups: cases, events, Kaplan-Meier medians, log-ran
 survival_curves.tsv    the Kaplan-Meier curves of the risk groups, a row per time
 calibration.tsv        calibration lines
 reliability.tsv        predicted probabilities beside observed shares, for two classes
-
-Of <encoder>/predictions.csv, every test case of every trial, the reader alone is here: its columns follow the task, and
-``braindino.downstream`` writes it.
+<encoder>/predictions.csv   every test case of every trial, as texts; its columns follow the task
 
 A number that is not defined is NaN, and ``n/a`` in the file. A p of 0 is that of a bootstrap of which no draw lay
 beyond zero, ``<0.0005`` in the file.
 """
 
 import csv
+import io
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from braindino import tables
+from braindino.atomic import write_text
 from braindino.resampling import ITERATIONS
-from braindino.tables import read_table, write_table
 
 COMPARISONS_FILE, STRATA_FILE = "comparisons.tsv", "strata.tsv"
 SURVIVAL_FILE, SURVIVAL_CURVES_FILE = "survival.tsv", "survival_curves.tsv"
@@ -155,8 +155,7 @@ Row = TypeVar("Row", ComparisonRow, StratumRow, SurvivalRow, SurvivalStep, Calib
 
 def write_rows(path: str | Path, kind: type[Row], rows: Iterable[Row]) -> None:
     """Write the table of rows of one kind atomically; a header alone where there is none."""
-    names = [field.name for field in fields(kind)]
-    write_table(path, names, ([_text(name, getattr(row, name)) for name in names] for row in rows))
+    tables.write_rows(path, kind, rows, _text)
 
 
 def read_rows(path: str | Path, kind: type[Row]) -> list[Row]:
@@ -165,21 +164,24 @@ def read_rows(path: str | Path, kind: type[Row]) -> list[Row]:
     Raises:
         ValueError: a column is missing, or a number is not one; names the file and the line.
     """
-    columns = fields(kind)
-    try:
-        table = read_table(path, [field.name for field in columns])
-    except ValueError as error:
-        raise ValueError(f"{error}: expected the table that `braindino evaluate` writes") from error
-    rows = []
-    for line, texts in zip(table.lines, table.rows, strict=True):
-        try:
-            values: dict[str, Any] = {
-                field.name: _value(field.name, texts[field.name], field.type) for field in columns
-            }
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line}: {error}; expected the table of `braindino evaluate`") from error
-        rows.append(kind(**values))
-    return rows
+    return tables.read_rows(path, kind, _value, written_by="braindino evaluate")
+
+
+def write_predictions(path: str | Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write a ``predictions.csv`` atomically, a row per test case of a trial.
+
+    Args:
+        path: the file.
+        rows: column -> cell, every row with the columns of the first.
+    """
+    buffer = io.StringIO()
+    writer: csv.DictWriter[str] | None = None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(buffer, list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
+    write_text(path, buffer.getvalue())
 
 
 def read_predictions(path: str | Path) -> list[dict[str, str]]:

@@ -14,9 +14,7 @@ OUT/<task>/summary.tsv        every number beside its baselines (``braindino.tas
            splits.json        who trained and who was tested on, split by split, seed by seed, ratio by ratio
 """
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -26,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from braindino import task_tables
-from braindino.atomic import plain, write_json, write_text
+from braindino.atomic import plain, write_json
 from braindino.downstream.calibration import Calibration
 from braindino.downstream.cases import Cases
 from braindino.downstream.intervals import Estimate
@@ -277,16 +275,15 @@ def write_predictions(path: Path, task: Task, cases: Cases, trials_of: Mapping[s
         cases: of the task.
         trials_of: condition -> trials; "" alone where there are no conditions.
     """
-    buffer = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
-    for condition, trials in trials_of.items():
-        for cells in _predictions(task, cases, trials):
-            row = cells if list(trials_of) == [""] else {"condition": condition} | cells
-            if writer is None:
-                writer = csv.DictWriter(buffer, list(row), lineterminator="\n")
-                writer.writeheader()
-            writer.writerow(row)
-    write_text(path, buffer.getvalue())
+    alone = list(trials_of) == [""]
+    task_tables.write_predictions(
+        path,
+        (
+            cells if alone else {"condition": condition} | cells
+            for condition, trials in trials_of.items()
+            for cells in _predictions(task, cases, trials)
+        ),
+    )
 
 
 def summary_rows(

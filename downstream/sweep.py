@@ -30,7 +30,7 @@ from braindino.downstream.scoring import (
     subjects_of,
 )
 from braindino.downstream.task_table import Task
-from braindino.downstream.trials import Trial, permuted_predictions, references_of, run_trials, trials_of
+from braindino.downstream.trials import Prediction, Trial, permuted_predictions, references_of, run_trials, trials_of
 
 
 @dataclass(frozen=True)
@@ -113,23 +113,32 @@ def run_sweep(
 
 def calibrate(task: Task, cases: Cases, trials: Sequence[Trial]) -> Calibration | None:
     """Calibration over the trials with the most labels; None for what has none: several classes, risks, neighbours."""
-    cells = by_cell(trials)
-    predictions = [trial.prediction for trial in cells[max(cells)]]
+    predictions = _at_most_labels(trials)
     subjects = subjects_of(cases, predictions)
-    targets = np.concatenate([prediction.targets for prediction in predictions])
     if task.target.kind == "number":
+        targets = np.concatenate([prediction.targets for prediction in predictions])
         return calibrate_values(targets, np.concatenate([p.predicted for p in predictions]), subjects)
-    if task.knn is not None or len(task.target.classes) != 2:
+    if not _has_one_probability(task):
         return None
-    positive = np.concatenate([p.probabilities[:, 1] for p in predictions if p.probabilities is not None])
-    return calibrate_probabilities(targets == 1, positive, subjects)
+    return calibrate_probabilities(*_outcomes(predictions), subjects)
 
 
 def bin_probabilities(task: Task, trials: Sequence[Trial]) -> tuple[ReliabilityBin, ...]:
     """Predicted probability beside observed share over the trials with the most labels; empty but for two classes."""
+    return reliability_table(*_outcomes(_at_most_labels(trials))) if _has_one_probability(task) else ()
+
+
+def _at_most_labels(trials: Sequence[Trial]) -> list[Prediction]:
     cells = by_cell(trials)
-    predictions = [trial.prediction for trial in cells[max(cells)]]
-    if task.knn is not None or len(task.target.classes) != 2:
-        return ()
+    return [trial.prediction for trial in cells[max(cells)]]
+
+
+def _has_one_probability(task: Task) -> bool:
+    """Whether a prediction is the probability of one of two classes."""
+    return task.knn is None and len(task.target.classes) == 2
+
+
+def _outcomes(predictions: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) bool whether a case is of the second class, and (n,) the probability of it."""
     positive = np.concatenate([p.probabilities[:, 1] for p in predictions if p.probabilities is not None])
-    return reliability_table(np.concatenate([prediction.targets for prediction in predictions]) == 1, positive)
+    return np.concatenate([prediction.targets for prediction in predictions]) == 1, positive

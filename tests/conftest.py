@@ -4,10 +4,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # No sandbox: Chromium refuses to start as root with one. SwiftShader: WebGL 2 without a graphics card.
@@ -42,17 +45,20 @@ class WatchedPage:
         requests: addresses of everything the page asked for.
     """
 
-    page: Page
+    page: "Page"
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
 
 @pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
+def chromium() -> "Iterator[Browser]":
     """A headless Chromium of this machine; ``BRAINDINO_CHROMIUM`` names another. Skips where there is none."""
     program = os.environ.get("BRAINDINO_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         pytest.skip(f"no browser: install one of {', '.join(BROWSERS)}, or name one in BRAINDINO_CHROMIUM")
+    # Here, not above: most tests need no browser.
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=list(BROWSER_FLAGS))
         yield browser
@@ -60,7 +66,7 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def chromium_page(chromium: Browser) -> Iterator[WatchedPage]:
+def chromium_page(chromium: "Browser") -> Iterator[WatchedPage]:
     """A fresh page, 1280 x 800, that records its errors and its requests."""
     context = chromium.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()

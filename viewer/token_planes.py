@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from braindino.encoders.contract import Prepared, TokenGrid, TokenPlane, VolumeEncoder, even_centres
+from braindino.encoders.contract import Prepared, TokenGrid, TokenPlane, VolumeEncoder
 from braindino.encoders.cube_encoder import CubeEncoder
 from braindino.encoders.slice_encoder import SliceEncoder
 from braindino.encoders.slice_transformer import SliceTransformer
 from braindino.manifest import UNKNOWN_SEQUENCE
 from braindino.patch_maps import AxialSlice, on_slice, similarity_map
 from braindino.slices import DEPTH
-from braindino.transforms import CUBE_SHAPE
 from braindino.viewer.bounded_cache import BoundedCache
 from braindino.viewer.scans import OpenScan
 
@@ -192,7 +190,7 @@ class TokenPlanes:
         encoder = loaded.encoder
         assert isinstance(encoder, SliceEncoder), "tables of slices are of encoders of slices"
         inputs = self._input(loaded, opened)
-        level = _level(loaded, inputs, _middle(opened, layer))
+        level = _level(loaded, encoder, inputs, _middle(opened, layer))
         if isinstance(encoder, SliceTransformer):
             return self._encoded(loaded, encoder, opened, inputs, level).cls
         [features] = encoder.encode([replace(inputs, data=inputs.data[level : level + 1])], with_tokens=False)
@@ -212,7 +210,8 @@ class TokenPlanes:
                 raise _above_or_below(loaded)
             heights = grid.centres[2]
             return Plane(tokens, int(np.abs(heights - tokens.height).argmin()), len(heights))
-        level = _level(loaded, inputs, middle)
+        assert isinstance(encoder, SliceEncoder), "of slices or of volumes"
+        level = _level(loaded, encoder, inputs, middle)
         if isinstance(encoder, SliceTransformer):
             return Plane(self._encoded(loaded, encoder, opened, inputs, level).planes[block], level, DEPTH)
 
@@ -242,33 +241,17 @@ class TokenPlanes:
 
 
 def encode_every_block(encoder: SliceTransformer, prepared: Prepared, level: int) -> EncodedSlice:
-    """What ``encode_plane`` says of a slice, of every block, and its CLS token, in one pass.
-
-    Args:
-        encoder: of slices.
-        prepared: of its ``prepare_planes``.
-        level: the slice.
-    """
-    network = encoder.network
-    with torch.inference_mode():
-        image = encoder.preparation.channels(prepared.data[level : level + 1].to(encoder.device))
-        rows, columns = (extent // network.patch_size for extent in image.shape[-2:])
-        outputs = network.intermediate(image, range(network.depth), norm=True)
-        patches = torch.stack([output.patches[0] for output in outputs]).unflatten(1, (rows, columns))
-        # Rows run backwards along y, columns along x: see braindino.slices.
-        features = patches.flip(1, 2).transpose(1, 2).float().cpu().contiguous()
-        cls = outputs[-1].cls[0].float().cpu().numpy()
-    x, y = (even_centres(size, num) for size, num in zip(CUBE_SHAPE[:2], (columns, rows), strict=True))
-    planes = tuple(TokenPlane(each, (x, y), float(level), prepared.affine) for each in features)
-    return EncodedSlice(planes, cls)
+    """Slice ``level`` of ``prepare_planes`` after every block."""
+    planes, cls = encoder.encode_blocks(prepared, level)
+    return EncodedSlice(planes, cls.numpy())
 
 
-def _level(loaded: LoadedEncoder, inputs: Prepared, point: np.ndarray) -> int:
-    """The slice of ``prepare_planes`` nearest to a point in mm, as ``encode_plane`` chooses it."""
-    height = float((np.linalg.inv(inputs.affine) @ (*point, 1.0))[2])
-    if not -0.5 <= height <= CUBE_SHAPE[2] - 0.5:
+def _level(loaded: LoadedEncoder, encoder: SliceEncoder, inputs: Prepared, point: np.ndarray) -> int:
+    """The slice of ``prepare_planes`` nearest to a point in mm."""
+    level = encoder.nearest_slice(inputs, point)
+    if level is None:
         raise _above_or_below(loaded)
-    return int(np.abs(np.arange(DEPTH) - round(height, 6)).argmin())
+    return level
 
 
 def _above_or_below(loaded: LoadedEncoder) -> OutsideError:

@@ -162,16 +162,28 @@ class SliceEncoder(VolumeEncoder):
     ) -> TokenPlane | None:
         """See ``VolumeEncoder``; of two slices equally near, the lower."""
         number = block_number(block, self.num_blocks)
+        level = self.nearest_slice(prepared, point)
+        if level is None:
+            return None
+        with torch.inference_mode():
+            return self._token_plane(self._maps(self._slice(prepared, level), number, norm=norm), prepared, level)
+
+    def nearest_slice(self, prepared: Prepared, point: np.ndarray) -> int | None:
+        """Which of the slices that were prepared ``encode_plane`` reads for a point (3,) in mm."""
         height = float((np.linalg.inv(prepared.affine) @ (*point, 1.0))[2])
         if not -0.5 <= height <= CUBE_SHAPE[2] - 0.5:
             return None
-        heights = uniform_indices(len(prepared.data)).astype(np.float64)
         # Rounded: which of two is nearer must not be left to the last digits of an inverse.
-        level = int(np.abs(heights - round(height, 6)).argmin())
-        with torch.inference_mode():
-            slices = self.preparation.channels(prepared.data[level : level + 1].to(self.device))
-            maps = self._maps(slices, number, norm=norm).float().cpu()
-        grid = _token_grid(maps, heights[level : level + 1], prepared)
+        return int(np.abs(uniform_indices(len(prepared.data)) - round(height, 6)).argmin())
+
+    def _slice(self, prepared: Prepared, level: int) -> Tensor:
+        """(1, 1 or 3, H, W): what the network is given for one slice."""
+        return self.preparation.channels(prepared.data[level : level + 1].to(self.device))
+
+    def _token_plane(self, maps: Tensor, prepared: Prepared, level: int) -> TokenPlane:
+        """(1, D, rows, columns) tokens of one slice, on the axes of the volume."""
+        height = uniform_indices(len(prepared.data))[level : level + 1].astype(np.float64)
+        grid = _token_grid(maps.float().cpu(), height, prepared)
         x, y, z = grid.centres
         return TokenPlane(grid.features[:, :, 0], (x, y), float(z[0]), grid.affine)
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from braindino.encoders.contract import Layers, layer_blocks
+from braindino.encoders.contract import Layers, Prepared, TokenPlane, layer_blocks
 from braindino.encoders.slice_encoder import BatchFeatures, SliceEncoder, SlicePreparation
 from braindino.vision_transformer import VisionTransformer
 
@@ -42,14 +43,26 @@ class SliceTransformer(SliceEncoder):
         return self.blocks
 
     def _features(self, slices: Tensor) -> BatchFeatures:
-        rows, columns = (size // self.network.patch_size for size in slices.shape[-2:])
         outputs = self.network.intermediate(slices, self.blocks, norm=False)
         norm = self.network.norm
         early, mid, late = (norm(output.cls) if self.inner_norm else output.cls for output in outputs)
-        maps = norm(outputs[-1].patches).transpose(1, 2).unflatten(2, (rows, columns))
+        maps = self._on_patches(norm(outputs[-1].patches), slices)
         return BatchFeatures(norm(outputs[-1].cls), Layers(early, mid, late), maps)
 
+    def encode_blocks(self, prepared: Prepared, level: int) -> tuple[tuple[TokenPlane, ...], Tensor]:
+        """What ``encode_plane`` says of slice ``level`` after every block, and (D,) its class token, in one pass."""
+        with torch.inference_mode():
+            slices = self._slice(prepared, level)
+            outputs = self.network.intermediate(slices, range(self.network.depth), norm=True)
+            maps = (self._on_patches(output.patches, slices) for output in outputs)
+            planes = tuple(self._token_plane(each, prepared, level) for each in maps)
+            return planes, outputs[-1].cls[0].float().cpu()
+
     def _maps(self, slices: Tensor, block: int, *, norm: bool) -> Tensor:
-        rows, columns = (size // self.network.patch_size for size in slices.shape[-2:])
         [tokens] = self.network.intermediate(slices, (block,), norm=norm)
-        return tokens.patches.transpose(1, 2).unflatten(2, (rows, columns))
+        return self._on_patches(tokens.patches, slices)
+
+    def _on_patches(self, tokens: Tensor, slices: Tensor) -> Tensor:
+        """(B, D, rows, columns) of patch tokens (B, N, D) of slices (B, C, H, W)."""
+        rows, columns = (size // self.network.patch_size for size in slices.shape[-2:])
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
