@@ -75,28 +75,41 @@ class Clock:
         return timed
 
 
-def make_views(options: argparse.Namespace, iteration: int, device: torch.device) -> Views:
-    slices = torch.zeros(options.batch, 256, 256, dtype=torch.float16)
-    slices[:, 40:216, 60:196] = torch.randn(
-        options.batch, 176, 136, generator=torch_generator(0, iteration, "slices")
-    ).half()
-    grid = (options.crops[0] // 16,) * 2
-    masks = torch.from_numpy(batch_masks(2 * options.batch, grid, rng=numpy_generator(0, iteration, "masks")))
-    return build_views(
-        slices,
-        masks,
-        sizes=tuple(options.crops),
-        num_local=NUM_LOCAL,
-        global_scale=(0.32, 1.0),
-        local_scale=(0.05, 0.32),
-        aspect=(3 / 4, 4 / 3),
-        canvas_size=256 if options.crops[0] <= 256 else 1024,
-        flip_probability=0.5,
-        blur_probabilities=(0.0, 0.9, 0.5),
-        blur_sigma=(0.1, 2.0),
-        generator=torch_generator(0, iteration, "crops"),
-        device=device,
-    )
+class Feed:
+    """What a loader's workers hand over, made before: slices and masks, in pinned memory for a GPU."""
+
+    DIFFERENT = 3
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.batches = [self.batch(index) for index in range(self.DIFFERENT)]
+
+    def batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        count = self.options.batch
+        slices = torch.zeros(count, 256, 256, dtype=torch.float16)
+        slices[:, 40:216, 60:196] = torch.randn(count, 176, 136, generator=torch_generator(0, index, "slices")).half()
+        grid = (self.options.crops[0] // 16,) * 2
+        masks = torch.from_numpy(batch_masks(2 * count, grid, rng=numpy_generator(0, index, "masks")))
+        return (slices.pin_memory(), masks.pin_memory()) if self.device.type == "cuda" else (slices, masks)
+
+    def views(self, iteration: int) -> Views:
+        options = self.options
+        slices, masks = self.batches[iteration % self.DIFFERENT]
+        return build_views(
+            slices,
+            masks,
+            sizes=tuple(options.crops),
+            num_local=NUM_LOCAL,
+            global_scale=(0.32, 1.0),
+            local_scale=(0.05, 0.32),
+            aspect=(3 / 4, 4 / 3),
+            canvas_size=256 if options.crops[0] <= 256 else 1024,
+            flip_probability=0.5,
+            blur_probabilities=(0.0, 0.9, 0.5),
+            blur_sigma=(0.1, 2.0),
+            generator=torch_generator(0, iteration, "crops"),
+            device=self.device,
+        )
 
 
 def our_step(options: argparse.Namespace, device: torch.device, clock: Clock) -> Callable[[int], None]:
@@ -129,9 +142,11 @@ def our_step(options: argparse.Namespace, device: torch.device, clock: Clock) ->
     for name in ("prototype_loss", "sinkhorn_offset", "koleo_loss"):
         setattr(distillation, name, clock.around("heads and losses", getattr(distillation, name)))
 
+    feed = Feed(options, device)
+
     def step(iteration: int) -> None:
         with clock.stage("views"):
-            views = make_views(options, iteration, device)
+            views = feed.views(iteration)
         with autocast():
             (targets,) = teacher_targets(teacher, [views], temperature=0.05, sinkhorn_iterations=3)
             objective = distillation_objective(
@@ -203,9 +218,11 @@ def plain_step(options: argparse.Namespace, device: torch.device, clock: Clock) 
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.04)
     batch = options.batch
 
+    feed = Feed(options, device)
+
     def step(iteration: int) -> None:
         with clock.stage("views"):
-            views = make_views(options, iteration, device)
+            views = feed.views(iteration)
         assert views.local_crops is not None
         masked = views.masks.flatten()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
@@ -250,6 +267,8 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         step(iteration)
     seconds = (clock.now() - start) / options.steps
     cpu_seconds = (time.process_time() - start_cpu) / options.steps
+    if options.profile is not None:
+        profile(step, options.profile.with_stem(f"{options.profile.stem}-{options.side}"))
     clock.on = True
     step(0)
     if device.type == "cuda":
@@ -265,6 +284,23 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "peak_gb": peak,
         "stages": clock.seconds,
     }
+
+
+def profile(step: Callable[[int], None], path: Path) -> None:
+    """Write which operations and kernels the time of a step goes to."""
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
+        step(0)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    tables = [
+        profiler.key_averages(group_by_input_shape=shapes).table(sort_by=key, row_limit=80, max_name_column_width=60)
+        for shapes in (False, True)
+    ]
+    path.write_text("\n\n".join(tables))
 
 
 def main() -> None:
@@ -285,6 +321,7 @@ def main() -> None:
     parser.add_argument("--lightly-defaults", action="store_true", help="its shared head and moving centre")
     parser.add_argument("--dinov3", type=Path, help="checkout of facebookresearch/dinov3")
     parser.add_argument("--dinov3-python", type=Path, default=Path(sys.executable))
+    parser.add_argument("--profile", type=Path, help="time by operation of ours and plain: PATH-ours, PATH-plain")
     parser.add_argument("--json", type=Path, help="write the medians there, too")
     parser.add_argument("--side", choices=("ours", "plain"), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -54,6 +54,7 @@ def _machine() -> list[Finding]:
 def _torch() -> list[Finding]:
     import torch
 
+    from braindino import own_kernels
     from braindino.attention import explain
 
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -61,7 +62,11 @@ def _torch() -> list[Finding]:
     text = (
         ", ".join(devices) if devices else f"no CUDA device: everything runs on {torch.get_num_threads()} CPU threads"
     )
-    return [Finding("device", text, bool(devices)), Finding("attention", explain(device))]
+    return [
+        Finding("device", text, bool(devices)),
+        Finding("kernels", own_kernels.explain(torch.device(device))),
+        Finding("attention", explain(device)),
+    ]
 
 
 def _skull_strip() -> list[Finding]:

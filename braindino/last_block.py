@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from braindino.attention import attention_of_queries, rotate
+from braindino.fused_branch import fold_norm, normalize
 from braindino.lean_linear import linear
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ def read_last_block(
     rope: torch.Tensor,
     groups: Sequence[tuple[int, int]],
     backend: str,
+    fused: bool,
 ) -> torch.Tensor:
     """(T, D) packed tokens before the block -> (R, D) tokens after it, those that are read.
 
@@ -142,11 +144,18 @@ def read_last_block(
         rope: (2, T_kept, 1, head_dim) of the rows that attention sees.
         groups: (images that attend, tokens) of each batch.
         backend: of ``braindino.attention``.
+        fused: normalise by the kernels of ``braindino.fused_branch``.
     """
     attn = block.attn
-    normed = block.norm1(x if plan.keys is None else x[plan.keys])
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    if fused:
+        normed = normalize(x, plan.keys, eps=block.norm1.eps)
+        weight, bias = fold_norm(block.norm1, attn.qkv)
+    else:
+        normed = block.norm1(x if plan.keys is None else x[plan.keys])
+        weight, bias = attn.qkv.weight, attn.qkv.bias
     width = normed.shape[1]
-    weight, bias = attn.qkv.weight, attn.qkv.bias
     q = linear(normed[plan.queries], weight[:width], None if bias is None else bias[:width])
     kv = linear(normed, weight[width:], None if bias is None else bias[width:])
     k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).unbind(dim=1)

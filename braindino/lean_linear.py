@@ -13,27 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from braindino.own_kernels import own_kernels
+
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` of rows x (T, D)."""
     if not torch.is_grad_enabled():
-        return _linear(x, weight, bias)
+        return plain_linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(norm(x), weight, bias)`` of rows x (T, D)."""
     if not torch.is_grad_enabled():
-        return _linear(norm(x), weight, bias)
+        return plain_linear(norm(x), weight, bias)
     return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, weight, bias)
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(F.gelu(x), weight, bias)`` of rows x (T, D)."""
     if not torch.is_grad_enabled():
-        return _linear(F.gelu(x), weight, bias)
+        return plain_linear(F.gelu(x), weight, bias)
     return _GeluLinear.apply(x, weight, bias)
 
 
@@ -41,16 +43,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _linear(x, weight, bias)
+        return plain_linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        by_weight, by_bias = _of_weights(ctx.needs_input_grad[1:], gradient, x, weight)
+        by_weight, by_bias = gradients_of_weights(ctx.needs_input_grad[1:], gradient, x, weight)
         outer = None
         if ctx.needs_input_grad[0]:
-            outer = _linear(gradient, weight.to(gradient.dtype).T, None).to(x.dtype)
+            outer = plain_linear(gradient, weight.to(gradient.dtype).T, None).to(x.dtype)
         return outer, by_weight, by_bias
 
 
@@ -62,15 +64,15 @@ class _NormLinear(torch.autograd.Function):
         normed, mean, rstd = torch.native_layer_norm(x, scale.shape, scale, shift, eps)
         ctx.save_for_backward(x, mean, rstd, scale, shift, weight)
         ctx.eps = eps
-        return _linear(normed, weight, bias)
+        return plain_linear(normed, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, scale, shift, weight = ctx.saved_tensors
         normed = torch.native_layer_norm(x, scale.shape, scale, shift, ctx.eps)[0]
-        by_weight, by_bias = _of_weights(ctx.needs_input_grad[4:], gradient, normed, weight)
-        outer = _linear(gradient, weight.to(gradient.dtype).T, None).to(x.dtype)
+        by_weight, by_bias = gradients_of_weights(ctx.needs_input_grad[4:], gradient, normed, weight)
+        outer = plain_linear(gradient, weight.to(gradient.dtype).T, None).to(x.dtype)
         inner = torch.ops.aten.native_layer_norm_backward(
             outer, x, scale.shape, mean, rstd, scale, shift, list(ctx.needs_input_grad[:3])
         )
@@ -81,20 +83,27 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _linear(F.gelu(x), weight, bias)
+        return plain_linear(F.gelu(x), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        by_weight, by_bias = _of_weights(ctx.needs_input_grad[1:], gradient, F.gelu(x), weight)
         outer = None
         if ctx.needs_input_grad[0]:
-            outer = torch.ops.aten.gelu_backward(_linear(gradient, weight.to(gradient.dtype).T, None).to(x.dtype), x)
+            outer = plain_linear(gradient, weight.to(gradient.dtype).T, None).to(x.dtype)
+        if outer is not None and own_kernels(x.device):
+            from braindino.token_kernels import gelu_and_gradient
+
+            activated, outer = gelu_and_gradient(x, outer)
+        else:
+            activated = F.gelu(x)
+            outer = None if outer is None else torch.ops.aten.gelu_backward(outer, x)
+        by_weight, by_bias = gradients_of_weights(ctx.needs_input_grad[1:], gradient, activated, weight)
         return outer, by_weight, by_bias
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``. In float32 on a CPU torch gives it to MKL, which on AMD's processors takes a quarter longer than
     oneDNN, the library that torch's compiler and its half-precision products use (benchmarks/RESULTS.md)."""
     in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -105,12 +114,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _of_weights(
+def gradients_of_weights(
     needed: tuple[bool, ...], gradient: Tensor, seen: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of weight and bias of a linear map that has seen ``seen``; the product in the precision of the forward
     pass, as autocast does it."""
     for_weight, for_bias = needed
     by_weight = (gradient.T @ seen.to(gradient.dtype)).to(weight.dtype) if for_weight else None
-    by_bias = gradient.sum(dim=0).to(weight.dtype) if for_bias else None
+    by_bias = gradient.sum(dim=0, dtype=weight.dtype) if for_bias else None
     return by_weight, by_bias

@@ -15,8 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from braindino.attention import BACKENDS, attention, choose_backend, split_and_rotate
+from braindino.fused_branch import Rows, add_branch_of_normed, fold_norm, turned_qkv
 from braindino.last_block import Kept, plan_reading, read_last_block
 from braindino.lean_linear import gelu_linear, linear, norm_linear
+from braindino.own_kernels import own_kernels
 from braindino.pieces import Piece, add_in_pieces, divide
 
 if TYPE_CHECKING:
@@ -206,7 +208,15 @@ class VisionTransformer(nn.Module):
         assert isinstance(block, Block)
         packing = start.packing
         rows = self.norm(
-            read_last_block(block, x, plan, rope=packing.rope, groups=packing.groups, backend=packing.backend)
+            read_last_block(
+                block,
+                x,
+                plan,
+                rope=packing.rope,
+                groups=packing.groups,
+                backend=packing.backend,
+                fused=packing.fused is not None,
+            )
         )
         tokens = []
         for part, is_cls in zip(rows.split([len(flags) for flags in plan.is_cls]), plan.is_cls, strict=True):
@@ -240,7 +250,8 @@ class VisionTransformer(nn.Module):
 
     def _run(self, block: nn.Module, x: torch.Tensor, start: "_Start", index: int) -> torch.Tensor:
         subsets = start.subsets[2 * index], start.subsets[2 * index + 1]
-        if self.checkpointing and torch.is_grad_enabled():
+        # A fused block checkpoints for itself.
+        if self.checkpointing and torch.is_grad_enabled() and start.packing.fused is None:
             # Drop path is drawn before the blocks, so that nothing random happens when one is computed again.
             result = checkpoint(block, x, start.packing, *subsets, use_reentrant=False, preserve_rng_state=False)
             assert isinstance(result, torch.Tensor)
@@ -269,22 +280,20 @@ class VisionTransformer(nn.Module):
         if backend == "auto":
             backend = choose_backend(x.device, dtype, num_groups=len(groups))
 
-        subsets: list[_Subset | None] = [None] * (2 * self.depth)
+        plain = not self._compiled and not torch.compiler.is_compiling()
+        fused = plain and own_kernels(x.device) and x.dtype != torch.float64
+        subsets: list[Rows | None] = [None] * (2 * self.depth)
         attended, orders = groups, None
         if self.training and self.drop_path > 0:
             attended = [(_num_kept(batch, self.drop_path), tokens) for batch, tokens in groups]
             place = generator.device if generator is not None else draw_on or x.device
             orders = _draw_orders(groups, attended, 2 * self.depth, place, generator)
-            subsets = _subsets_of(orders, groups, x)
-        in_pieces = (
-            x.device.type == "cpu"
-            and not self.checkpointing
-            and not self._compiled
-            and not torch.compiler.is_compiling()
-        )
+            subsets = _subsets_of(orders, groups, x, with_place=fused)
+        in_pieces = x.device.type == "cpu" and not self.checkpointing and plain
         scales = [batch / kept for (batch, _), (kept, _) in zip(groups, attended, strict=True)]
         pieces = divide(attended, scales) if in_pieces else None
-        packing = _Packing(attended, _pack_rope(tables, attended), backend, pieces)
+        recompute = self.checkpointing if fused else None
+        packing = _Packing(attended, _pack_rope(tables, attended), backend, pieces, recompute)
         return _Start(x, groups, packing, subsets, orders)
 
     def _embed(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -380,7 +389,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(embed_dim)
 
     def forward(
-        self, x: torch.Tensor, packing: "_Packing", attn_subset: "_Subset | None", mlp_subset: "_Subset | None"
+        self, x: torch.Tensor, packing: "_Packing", attn_subset: Rows | None, mlp_subset: Rows | None
     ) -> torch.Tensor:
         """(T, D) -> (T, D). A subset restricts its branch to some images; ``packing`` is what attention then sees."""
 
@@ -394,6 +403,25 @@ class Block(nn.Module):
         def transform(rows: torch.Tensor, _piece: Piece | None = None) -> torch.Tensor:
             return cast(torch.Tensor, self.mlp(rows, norm=self.norm2, out=mlp_out))
 
+        if packing.fused is not None:
+            into = fold_norm(self.norm1, self.attn.qkv)
+            x = add_branch_of_normed(
+                x,
+                lambda normed: self.attn.of_normed(normed, packing, into=into, out=attn_out),
+                (*into, *attn_out),
+                subset=attn_subset,
+                eps=self.norm1.eps,
+                recompute=packing.fused,
+            )
+            hidden = fold_norm(self.norm2, self.mlp.fc1)
+            return add_branch_of_normed(
+                x,
+                lambda normed: gelu_linear(linear(normed, *hidden), *mlp_out),
+                (*hidden, *mlp_out),
+                subset=mlp_subset,
+                eps=self.norm2.eps,
+                recompute=packing.fused,
+            )
         if packing.pieces is None:
             return _add_branch(_add_branch(x, attend, attn_subset), transform, mlp_subset)
         for branch, modules, out, subset in (
@@ -420,6 +448,19 @@ class SelfAttention(nn.Module):
         """(T, D) -> (T, D), the norm before it included; ``out`` is its last map with LayerScale folded into it."""
         qkv = norm_linear(x, norm, self.qkv.weight, self.qkv.bias)
         q, k, v = split_and_rotate(qkv, packing.rope, num_heads=self.num_heads)
+        seen = attention(q, k, v, packing.groups, backend=packing.backend)
+        return linear(seen.flatten(1), *out)
+
+    def of_normed(
+        self,
+        normed: torch.Tensor,
+        packing: "_Packing",
+        *,
+        into: tuple[torch.Tensor, torch.Tensor],
+        out: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """As forward, of tokens normalised before; the norm's weights are folded into the first map, ``into``."""
+        q, k, v = turned_qkv(normed, *into, packing.rope, num_heads=self.num_heads)
         seen = attention(q, k, v, packing.groups, backend=packing.backend)
         return linear(seen.flatten(1), *out)
 
@@ -485,16 +526,10 @@ class _Packing(NamedTuple):
     rope: torch.Tensor  # (2, T, 1, head_dim)
     backend: str
     pieces: list[Piece] | None  # what a block works on at a time; None = on everything
+    fused: bool | None  # by the kernels of ``fused_branch``: False, or True to compute its inside again; None = not
 
     def of(self, piece: Piece) -> "_Packing":
-        return _Packing([piece.group], self.rope[:, piece.rows], self.backend, None)
-
-
-class _Subset(NamedTuple):
-    """The tokens that a residual branch is computed for."""
-
-    rows: torch.Tensor  # (T_kept,) positions on the packed axis
-    scale: torch.Tensor  # (T_kept, 1) batch / kept, which keeps the branch's mean over draws
+        return _Packing([piece.group], self.rope[:, piece.rows], self.backend, None, None)
 
 
 def _num_kept(batch: int, drop_path: float) -> int:
@@ -507,7 +542,7 @@ class _Start(NamedTuple):
     x: torch.Tensor  # (T, D)
     groups: list[tuple[int, int]]
     packing: _Packing
-    subsets: "list[_Subset | None]"
+    subsets: "list[Rows | None]"
     orders: list[torch.Tensor] | None  # for each group (branches, kept) images; None without drop path
 
     def kept(self, branch: int) -> list[Kept] | None:
@@ -535,9 +570,12 @@ def _draw_orders(
 
 
 def _subsets_of(
-    orders: Sequence[torch.Tensor], groups: Sequence[tuple[int, int]], x: torch.Tensor
-) -> list[_Subset | None]:
-    """The tokens of the images drawn, all branches at once: one transfer to the device of ``x`` instead of one each."""
+    orders: Sequence[torch.Tensor], groups: Sequence[tuple[int, int]], x: torch.Tensor, *, with_place: bool
+) -> list[Rows | None]:
+    """The tokens of the images drawn, all branches at once: one transfer to the device of ``x`` instead of one each.
+
+    Their scale, batch / kept, keeps the mean of a branch over draws. Where they are found (``place``) only kernels ask.
+    """
     rows, scales = [], []
     start = 0
     device, dtype = x.device, torch.promote_types(x.dtype, torch.float32)  # bfloat16 would round batch / kept by 0.4 %
@@ -545,19 +583,21 @@ def _subsets_of(
         kept = order.shape[1]
         first_rows = start + tokens * order.to(device, non_blocking=True)
         rows.append((first_rows[..., None] + torch.arange(tokens, device=device)).flatten(1))
-        scales.append(torch.full((kept * tokens, 1), batch / kept, device=device, dtype=dtype))
+        scales.append(torch.full((kept * tokens,), batch / kept, device=device, dtype=dtype))
         start += batch * tokens
-    scale = torch.cat(scales)
-    return [_Subset(branch_rows, scale) for branch_rows in torch.cat(rows, dim=1)]
+    scale, every = torch.cat(scales), torch.cat(rows, dim=1)
+    if not with_place:
+        return [Rows(branch_rows, None, scale) for branch_rows in every]
+    place = torch.full((len(every), start), -1, dtype=torch.int32, device=device)
+    place.scatter_(1, every, torch.arange(every.shape[1], dtype=torch.int32, device=device).expand_as(every))
+    return [Rows(branch_rows, branch_place, scale) for branch_rows, branch_place in zip(every, place, strict=True)]
 
 
-def _add_branch(
-    x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor], subset: _Subset | None
-) -> torch.Tensor:
+def _add_branch(x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor], subset: Rows | None) -> torch.Tensor:
     """x + branch(x); with a subset the branch is computed and added for those rows only."""
     if subset is None:
         return x + branch(x)
-    return x.index_add(0, subset.rows, (branch(x[subset.rows]) * subset.scale).to(x.dtype))
+    return x.index_add(0, subset.rows, (branch(x[subset.rows]) * subset.scale[:, None]).to(x.dtype))
 
 
 def _rope_table(periods: torch.Tensor, rows: int, columns: int, num_prefix: int) -> torch.Tensor:

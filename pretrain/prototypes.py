@@ -15,6 +15,7 @@ rows is the softmax), or minus a moving average of the teacher's logits. ``losse
 the two agree to 1e-5 in value and gradient (tests/pretrain/test_prototypes.py).
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,13 +23,14 @@ import torch
 from torch import Tensor
 
 from braindino.lean_linear import linear
+from braindino.own_kernels import own_kernels
 
 # Scores of one piece, student's and teacher's together: the products of a piece must fill the device, and each reads
 # all prototypes anew.
 PIECE_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
 # What is made of the scores is made of a strip of a piece at a time: on a CPU of what its cache holds.
-STRIP_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}
+STRIP_BYTES = {"cuda": 1 << 28, "cpu": 1 << 22}
 
 # Scores of all rows in the precision of the products, held while the teacher is centred and nothing else is.
 KEPT_BYTES = {"cuda": 4 << 30, "cpu": 1 << 30}
@@ -89,30 +91,42 @@ def sinkhorn_offset(
     # rows; the columns of its result then say by how much r falls short. From the second iteration on no column
     # vanishes: after the first, z = logits + offset has exp(z) summing to 1 over each column, so that every column has
     # an exp(z) of 1 / N or more and no row sums to more than K.
-    offset = torch.zeros(len(prototypes), device=features.device)
+    offset: Tensor | None = None
     weight = _as_computed(prototypes)
     # Nothing of the student is held yet, so there is room to keep the products of the first iteration for the others.
     room = KEPT_BYTES.get(features.device.type, 0)
     keep = iterations > 1 and weight.element_size() * len(features) * len(prototypes) <= room
     kept: dict[int, Tensor] = {}
-    for iteration in range(iterations):
-        total = torch.full_like(offset, -torch.inf if iteration == 0 else 0.0)
-        for piece in _pieces(len(features), len(prototypes), features.device):
+    for _ in range(iterations):
+        total = torch.full((len(prototypes),), -torch.inf, device=features.device)
+        for piece in _pieces(len(features), len(prototypes) * weight.element_size(), features.device):
             products = kept[piece.start] if piece.start in kept else linear(features[piece].to(weight.dtype), weight)
             if keep:
                 kept[piece.start] = products
-            if iteration == 0:
-                for columns in _strips(len(prototypes), len(products), features.device):
-                    logits = products[:, columns].float() / temperature
-                    total[columns] = torch.logaddexp(total[columns], torch.logsumexp(logits, dim=0))
-            else:
-                for strip in _strips(len(products), len(prototypes), features.device):
-                    logits = torch.add(offset, products[strip].float(), alpha=1 / temperature)
-                    total += torch.softmax(logits, dim=1).sum(dim=0)
-        if iteration:
-            total = total.log() - offset
+            total = torch.logaddexp(total, _column_sums(products, offset, temperature))
         offset = -(all_reduce(total) if all_reduce is not None else total)
+    assert offset is not None, "one iteration or more"
     return offset
+
+
+def _column_sums(products: Tensor, offset: Tensor | None, temperature: float) -> Tensor:
+    """(K,) logarithms of the sums over the rows (N, K) of exp(products / temperature), the rows scaled to sum to 1
+    together with the offset; without one they are not scaled."""
+    if own_kernels(products.device):
+        from braindino.pretrain.prototype_kernels import column_logsumexp, row_statistics
+
+        norms = None if offset is None else row_statistics(products, offset, scale=1 / temperature)[0]
+        return column_logsumexp(products, norms, scale=1 / temperature)
+    num_rows, num_prototypes = products.shape
+    total = torch.zeros(num_prototypes, device=products.device)
+    if offset is None:
+        for columns in _strips(num_prototypes, num_rows, products.device):
+            total[columns] = torch.logsumexp(products[:, columns].float() / temperature, dim=0)
+        return total
+    for strip in _strips(num_rows, num_prototypes, products.device):
+        logits = torch.add(offset, products[strip].float(), alpha=1 / temperature)
+        total += torch.softmax(logits, dim=1).sum(dim=0)
+    return total.log() - offset
 
 
 @torch.no_grad()
@@ -159,25 +173,13 @@ class _PrototypeLoss(torch.autograd.Function):
             entropy = torch.empty(features.shape[:2], device=student.device)
             usage = torch.zeros(num_prototypes, device=student.device)
             per_row = num_prototypes * (len(student) + len(features))
-            for piece in _pieces(num_rows, per_row, student.device):
+            for piece in _pieces(num_rows, per_row * weight.element_size(), student.device):
                 scores = _products(student[:, piece], weight)
                 teacher_scores = _products(features[:, piece], teacher_weight)
-                for strip in _strips(scores.shape[1], per_row, student.device):
-                    here = slice(piece.start + strip.start, piece.start + strip.stop)
-                    z = torch.add(teacher.offset, teacher_scores[:, strip].float(), alpha=1 / teacher.temperature)
-                    log_norm = torch.logsumexp(z, dim=-1, keepdim=True)
-                    # Entropy of softmax(z): logsumexp(z) - sum p z.
-                    p = torch.exp(z - log_norm)
-                    entropy[:, here] = log_norm[..., 0] - torch.linalg.vecdot(p, z)
-                    usage += p.sum(dim=(0, 1))
-                    for group, shares in _groups(targets):
-                        target = _mixture(p, shares)
-                        s = scores[group, strip].float() / temperature
-                        norm = torch.logsumexp(s, dim=-1, keepdim=True)
-                        rows[group, here] = norm[..., 0] - torch.linalg.vecdot(s, target.expand_as(s))
-                        # The scores are not read again: the gradient of the logits takes their place.
-                        gradient = s.sub_(norm).exp_().sub_(target).mul_(weights[group, here, None] / temperature)
-                        scores[group, strip] = gradient
+                compare = _compare_in_kernels if own_kernels(student.device) else _compare_in_strips
+                rows[:, piece], entropy[:, piece] = compare(
+                    scores, teacher_scores, teacher, targets, weights[:, piece], temperature, usage
+                )
                 if weight_gradient is None:
                     continue
                 student_gradient[:, piece] = (scores @ weight).float()
@@ -204,6 +206,75 @@ class _PrototypeLoss(torch.autograd.Function):
         )
 
 
+def _compare_in_strips(  # noqa: PLR0917
+    scores: Tensor,
+    teacher_scores: Tensor,
+    teacher: Teacher,
+    targets: tuple[tuple[float, ...], ...],
+    weights: Tensor,
+    temperature: float,
+    usage: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies (S, n) of some rows and the teacher's entropies (V, n). ``scores`` (S, n, K) become the gradient
+    of the weighted sum, and the teacher's distributions are added to ``usage``."""
+    num_student, num_rows, num_prototypes = scores.shape
+    rows = torch.empty(num_student, num_rows, device=scores.device)
+    entropy = torch.empty(len(teacher_scores), num_rows, device=scores.device)
+    for here in _strips(num_rows, num_prototypes * (num_student + len(teacher_scores)), scores.device):
+        z = torch.add(teacher.offset, teacher_scores[:, here].float(), alpha=1 / teacher.temperature)
+        log_norm = torch.logsumexp(z, dim=-1, keepdim=True)
+        # Entropy of softmax(z): logsumexp(z) - sum p z.
+        p = torch.exp(z - log_norm)
+        entropy[:, here] = log_norm[..., 0] - torch.linalg.vecdot(p, z)
+        usage += p.sum(dim=(0, 1))
+        for group, shares in _groups(targets):
+            target = _mixture(p, shares)
+            s = scores[group, here].float() / temperature
+            norm = torch.logsumexp(s, dim=-1, keepdim=True)
+            rows[group, here] = norm[..., 0] - torch.linalg.vecdot(s, target.expand_as(s))
+            # The scores are not read again: the gradient of the logits takes their place.
+            gradient = s.sub_(norm).exp_().sub_(target).mul_(weights[group, here, None] / temperature)
+            scores[group, here] = gradient
+    return rows, entropy
+
+
+def _compare_in_kernels(  # noqa: PLR0917
+    scores: Tensor,
+    teacher_scores: Tensor,
+    teacher: Teacher,
+    targets: tuple[tuple[float, ...], ...],
+    weights: Tensor,
+    temperature: float,
+    usage: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`_compare_in_strips`, on a GPU."""
+    from braindino.pretrain.prototype_kernels import column_logsumexp, cross_entropy_in_place, row_statistics
+
+    views, scale = teacher_scores.shape[:2], 1 / teacher.temperature
+    flat = teacher_scores.flatten(0, 1)
+    teacher_norm, mean = row_statistics(flat, teacher.offset, scale=scale)
+    usage += torch.exp(column_logsumexp(flat, teacher_norm, scale=scale) + teacher.offset)
+    norm, _ = row_statistics(scores.flatten(0, 1), None, scale=1 / temperature)
+    rows = cross_entropy_in_place(
+        scores,
+        teacher_scores,
+        teacher.offset,
+        log_norm=norm.unflatten(0, scores.shape[:2]),
+        teacher_log_norm=teacher_norm.unflatten(0, views),
+        shares=_shares_on(scores.device, targets),
+        weights=weights,
+        scale=1 / temperature,
+        teacher_scale=scale,
+    )
+    return rows, (teacher_norm - mean).unflatten(0, views)
+
+
+@functools.lru_cache(maxsize=32)
+def _shares_on(device: torch.device, targets: tuple[tuple[float, ...], ...]) -> Tensor:
+    """(S, V); kept, since a copy to the device at every step would have the host wait."""
+    return torch.tensor(targets, dtype=torch.float32, device=device)
+
+
 def _products(features: Tensor, weight: Tensor) -> Tensor:
     """(..., K) of (..., b) and the prototypes (K, b)."""
     return linear(features.to(weight.dtype).flatten(0, -2), weight).unflatten(0, features.shape[:-1])
@@ -215,9 +286,9 @@ def _as_computed(prototypes: Tensor) -> Tensor:
     return prototypes.detach().to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else prototypes
 
 
-def _pieces(num_rows: int, per_row: int, device: torch.device) -> Iterator[slice]:
+def _pieces(num_rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:
     """Slices of the rows, of equal size, each with scores of at most PIECE_BYTES."""
-    most = max(1, PIECE_BYTES.get(device.type, PIECE_BYTES["cpu"]) // (4 * per_row))
+    most = max(1, PIECE_BYTES.get(device.type, PIECE_BYTES["cpu"]) // bytes_per_row)
     count = max(1, -(-num_rows // most))
     size = max(1, -(-num_rows // count))
     for start in range(0, num_rows, size):

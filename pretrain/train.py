@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import tyro
 
+from braindino import own_kernels
 from braindino.allocation import give_back_large_arrays
 from braindino.leakage import Crosswalk
 from braindino.lock import lock_folder
@@ -536,6 +537,8 @@ def describe(
         f"global batch {division.global_batch})",
         flush=True,
     )
+    if device.type == "cuda":
+        print(own_kernels.explain(device), flush=True)
     if checkpoint is not None:
         print(f"resuming from {checkpoint.path}", flush=True)
         before = Division(**checkpoint.state["division"])

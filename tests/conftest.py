@@ -35,6 +35,22 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+# Read by Triton when it is first imported, for the whole process: where there is a GPU its kernels are compiled.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+KERNEL_USERS = ("braindino.lean_linear", "braindino.vision_transformer", "braindino.pretrain.prototypes")
+
+
+@pytest.fixture
+def interpreted_kernels(monkeypatch):
+    """GPU kernels run, by Triton's interpreter, on the CPU. Skips where there is no Triton, or a GPU for it."""
+    pytest.importorskip("triton", reason="needs Triton, which PyTorch's CUDA builds bring along")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here: see the tests marked gpu")
+    for name in KERNEL_USERS:
+        monkeypatch.setattr(f"{name}.own_kernels", lambda device: True)
+
+
 @dataclass
 class WatchedPage:
     """A page of its own browser context, and what it said and asked for.

@@ -1,5 +1,6 @@
 """The fused prototype loss against the plain formulas, in float64 and by autograd; and what it never holds."""
 
+import importlib
 import math
 
 import pytest
@@ -23,10 +24,18 @@ def weight(seed: int) -> torch.Tensor:
     return 0.3 * torch.randn(K, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=["one piece", "one row at a time"])
+@pytest.fixture(params=["one piece", "one row at a time", "GPU kernels", "GPU kernels, a few rows at a time"])
 def pieces(request, monkeypatch) -> None:
     if request.param == "one row at a time":
         monkeypatch.setattr(module, "PIECE_BYTES", {"cpu": 1})
+    if "GPU" in request.param:
+        request.getfixturevalue("interpreted_kernels")
+        # Smaller than the scores, so that the last block of a row and the last tile are not full.
+        kernels = importlib.import_module("braindino.pretrain.prototype_kernels")
+        monkeypatch.setattr(kernels, "ROW_BLOCK", 128)
+        monkeypatch.setattr(kernels, "TILE_ROWS", 8)
+    if "few" in request.param:
+        monkeypatch.setattr(module, "PIECE_BYTES", {"cpu": 4 * 5 * K})
 
 
 @pytest.mark.usefixtures("pieces")
