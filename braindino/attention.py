@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from braindino.transfer import send
+
 BACKENDS = ("sdpa", "varlen", "xformers")
 """``sdpa``: torch's scaled dot product attention, once per group; any device and dtype.
 ``varlen``: ``torch.nn.attention.varlen``, all groups in one kernel; CUDA, half precision.
@@ -119,9 +121,11 @@ def attention_of_queries(
     ``query_counts``: for each group, (batch,) on the CPU: how many queries each of its sequences has, one or more.
     Returns (Q, heads, head_dim).
     """
-    if backend == "varlen":
-        return _varlen_of_queries(q, k, v, groups, query_counts)
     # xformers' block-diagonal bias gains nothing for so few queries.
+    if backend != "xformers" and q.dtype in _HALF_DTYPES and not _probe("varlen", q.device):
+        # Whatever serves whole sequences: the longest of these differs from step to step, and cuDNN, which torch's
+        # attention may be, makes a plan for every shape.
+        return _varlen_of_queries(q, k, v, groups, query_counts)
     return _sdpa_of_queries(q, k, v, groups, query_counts)
 
 
@@ -129,14 +133,21 @@ def choose_backend(device: torch.device | str, dtype: torch.dtype, *, num_groups
     """The backend that "auto" runs.
 
     For half precision on CUDA with crops of several sizes it is the first of varlen and xformers that works, because
-    one kernel then serves all of them; otherwise sdpa (for a single size it is the same flash kernel).
+    one kernel then serves all of them; otherwise sdpa (for a single size it is the same flash kernel). From Hopper on
+    it is sdpa in any case: there torch has cuDNN's kernels, which one after another are faster than the flash kernel
+    for all (benchmarks/RESULTS.md).
     """
     device = torch.device(device)
-    if device.type == "cuda" and dtype in _HALF_DTYPES and num_groups > 1:
+    if device.type == "cuda" and dtype in _HALF_DTYPES and num_groups > 1 and not _has_cudnn_attention(device):
         for name in _PACKED_PREFERENCE:
             if not _probe(name, device):
                 return name
     return "sdpa"
+
+
+@functools.cache
+def _has_cudnn_attention(device: torch.device) -> bool:
+    return torch.backends.cuda.cudnn_sdp_enabled() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -200,8 +211,8 @@ def _sdpa_of_queries(
             places = starts[sequences, None] + ladder.clamp(max=counts[sequences, None] - 1)
             real = (ladder < counts[sequences, None]).flatten().nonzero()[:, 0]
             everything = len(sequences) == batch
-            chosen = sequences.to(q.device, non_blocking=True)
-            places_here = places.to(q.device, non_blocking=True)
+            chosen = send(sequences, q.device)
+            places_here = send(places, q.device)
             attended = F.scaled_dot_product_attention(
                 queries[places_here].transpose(1, 2),
                 keys if everything else keys[chosen],
@@ -209,8 +220,8 @@ def _sdpa_of_queries(
             )
             found = attended.transpose(1, 2).flatten(0, 1)
             if len(real) < places.numel():
-                found = found[real.to(q.device, non_blocking=True)]
-            target = places.flatten()[real].to(q.device, non_blocking=True)
+                found = found[send(real, q.device)]
+            target = send(places.flatten()[real], q.device)
             result = result.index_copy(0, target, found)
         outputs.append(result)
         first_query += num_queries
@@ -224,7 +235,7 @@ def _varlen_of_queries(
     from torch.nn.attention.varlen import varlen_attn
 
     counts = torch.cat(list(query_counts))
-    query_starts = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32).to(q.device, non_blocking=True)
+    query_starts = send(F.pad(counts.cumsum(0), (1, 0)).to(torch.int32), q.device)
     longest = max(tokens for _, tokens in groups)
     output = varlen_attn(q, k, v, query_starts, _sequence_starts(tuple(groups), q.device), int(counts.max()), longest)
     assert isinstance(output, torch.Tensor)  # a tuple only when extra outputs are asked for

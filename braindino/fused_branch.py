@@ -28,9 +28,16 @@ class Rows(NamedTuple):
 
 
 def fold_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the linear map with the norm's weight and bias in it: (D', D) and (D',)."""
-    bias = (linear.weight * norm.bias).sum(dim=1)
-    return linear.weight * norm.weight, bias if linear.bias is None else bias + linear.bias
+    """Weight and bias of the linear map with the norm's weight and bias in it: (D', D) and (D',), in the precision of
+    matrix products; computed in that of the parameters."""
+    weight, bias = _FoldNorm.apply(linear.weight, linear.bias, norm.weight, norm.bias)
+    return weight, bias
+
+
+def fold_scale(linear: nn.Linear, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the linear map with LayerScale behind it: as :func:`fold_norm`."""
+    weight, bias = _FoldScale.apply(linear.weight, linear.bias, gamma)
+    return weight, bias
 
 
 def add_branch_of_normed(
@@ -67,17 +74,62 @@ def normalize(x: Tensor, rows: Tensor | None, *, eps: float) -> Tensor:
 
 
 def turned_qkv(
-    normed: Tensor, weight: Tensor, bias: Tensor | None, rope: Tensor, *, num_heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k, turned by their angles, and v, (T, heads, head_dim) each: three views of one tensor."""
-    q, k, v = _TurnedQkv.apply(normed, weight, bias, rope, num_heads)
-    return q, k, v
+    normed: Tensor, weight: Tensor, bias: Tensor, rope: Tensor, *, num_heads: int, sizes: Sequence[int]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """q and k, turned by their angles, and v, all views of one tensor; for each of the parts of the token axis, of
+    these sizes, three of (size, heads, head_dim)."""
+    flat = _TurnedQkv.apply(normed, weight, bias, rope, num_heads, tuple(sizes))
+    return [flat[start : start + 3] for start in range(0, len(flat), 3)]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """In which matrix products of x are computed: autocast's precision where it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class _FoldNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight, scale, shift)
+        dtype = product_dtype(weight)
+        # Autocast would round the product.
+        with torch.autocast(weight.device.type, enabled=False):
+            moved = torch.mv(weight, shift) if bias is None else torch.addmv(bias, weight, shift)
+        return (weight * scale).to(dtype), moved.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_folded: Tensor, by_moved: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, shift = ctx.saved_tensors
+        by_folded, by_moved = by_folded.to(weight.dtype), by_moved.to(weight.dtype)
+        for_weight, for_bias, for_scale, for_shift = ctx.needs_input_grad
+        return (
+            (by_folded * scale).addr_(by_moved, shift) if for_weight else None,
+            by_moved if for_bias else None,
+            torch.linalg.vecdot(by_folded, weight, dim=0) if for_scale else None,
+            torch.mv(weight.T, by_moved) if for_shift else None,
+        )
+
+
+class _FoldScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight, bias, gamma)
+        dtype = product_dtype(weight)
+        return (weight * gamma[:, None]).to(dtype), (bias * gamma).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_folded: Tensor, by_bias: Tensor) -> tuple[Tensor | None, ...]:
+        weight, bias, gamma = ctx.saved_tensors
+        by_folded, by_bias = by_folded.to(weight.dtype), by_bias.to(weight.dtype)
+        for_weight, for_bias, for_gamma = ctx.needs_input_grad
+        return (
+            by_folded * gamma[:, None] if for_weight else None,
+            by_bias * gamma if for_bias else None,
+            torch.linalg.vecdot(by_folded, weight, dim=1).addcmul_(by_bias, bias) if for_gamma else None,
+        )
 
 
 class _AddBranch(torch.autograd.Function):
@@ -164,14 +216,21 @@ class _Normalize(torch.autograd.Function):
 class _TurnedQkv(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0917
-        ctx: Any, normed: Tensor, weight: Tensor, bias: Tensor | None, rope: Tensor, num_heads: int
+        ctx: Any,
+        normed: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        rope: Tensor,
+        num_heads: int,
+        sizes: tuple[int, ...],
     ) -> tuple[Tensor, ...]:
         from braindino.token_kernels import rotate_in_place
 
         qkv = plain_linear(normed, weight, bias).unflatten(-1, (3, num_heads, -1))
         rotate_in_place(qkv, rope)
         ctx.save_for_backward(normed, weight, rope)
-        return qkv[:, 0], qkv[:, 1], qkv[:, 2]
+        ctx.sizes = sizes
+        return tuple(part[:, index] for part in qkv.split(sizes) for index in range(3))
 
     @staticmethod
     @once_differentiable
@@ -179,9 +238,16 @@ class _TurnedQkv(torch.autograd.Function):
         from braindino.token_kernels import join_turned_back
 
         normed, weight, rope = ctx.saved_tensors
-        joined = join_turned_back(*gradients, rope).flatten(1)
+        heads, head_dim = gradients[0].shape[1:]
+        joined = gradients[0].new_empty(len(normed), 3, heads, head_dim)
+        start = 0
+        for number, size in enumerate(ctx.sizes):
+            of_part = gradients[3 * number : 3 * number + 3]
+            join_turned_back(*of_part, rope[:, start : start + size], joined[start : start + size])
+            start += size
+        joined = joined.flatten(1)
         by_weight, by_bias = gradients_of_weights(ctx.needs_input_grad[1:3], joined, normed, weight)
         by_normed = None
         if ctx.needs_input_grad[0]:
             by_normed = plain_linear(joined, weight.to(joined.dtype).T, None).to(normed.dtype)
-        return by_normed, by_weight, by_bias, None, None
+        return by_normed, by_weight, by_bias, None, None, None

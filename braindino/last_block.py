@@ -14,6 +14,7 @@ import torch
 from braindino.attention import attention_of_queries, rotate
 from braindino.fused_branch import fold_norm, normalize
 from braindino.lean_linear import linear
+from braindino.transfer import send
 
 if TYPE_CHECKING:
     from braindino.vision_transformer import Block
@@ -108,7 +109,7 @@ def plan_reading(
         first_read += len(local)
 
     def together(parts: list[torch.Tensor]) -> torch.Tensor | None:
-        return torch.cat(parts).to(device, non_blocking=True) if parts else None
+        return send(torch.cat(parts), device) if parts else None
 
     all_rows, all_queries, all_attended = together(rows), together(queries), together(attended)
     assert all_rows is not None and all_queries is not None and all_attended is not None

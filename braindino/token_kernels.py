@@ -110,8 +110,8 @@ def rotate_in_place(qkv: Tensor, rope: Tensor) -> None:
     if count:
         _rotate_in_place[(count, 2)](
             qkv,
-            rope.contiguous(),
-            count,
+            rope[0],
+            rope[1],
             heads,
             width // 2,
             HEADS=triton.next_power_of_2(heads),
@@ -120,25 +120,26 @@ def rotate_in_place(qkv: Tensor, rope: Tensor) -> None:
         )
 
 
-def join_turned_back(by_q: Tensor, by_k: Tensor, by_v: Tensor, rope: Tensor) -> Tensor:
-    """(T, 3, heads, head_dim) from gradients (T, heads, head_dim) of turned q and k, turned back, and of v."""
+def join_turned_back(by_q: Tensor, by_k: Tensor, by_v: Tensor, rope: Tensor, joined: Tensor) -> None:
+    """Fill (T, 3, heads, head_dim) with gradients (T, heads, head_dim) of turned q and k, turned back, and of v.
+
+    rope: (2, T, 1, head_dim), its rows contiguous.
+    """
     count, heads, width = by_v.shape
-    joined = by_v.new_empty(count, 3, heads, width)
     if count:
         _join_turned_back[(count, 3)](
             by_q.contiguous(),
             by_k.contiguous(),
             by_v.contiguous(),
-            rope.contiguous(),
+            rope[0],
+            rope[1],
             joined,
-            count,
             heads,
             width // 2,
             HEADS=triton.next_power_of_2(heads),
             HALF=triton.next_power_of_2(width // 2),
             num_warps=2,
         )
-    return joined
 
 
 def gelu_and_gradient(x: Tensor, by_gelu: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,13 +214,13 @@ def _gather_scaled(x, rows, scale, result, width, GATHER: tl.constexpr, SCALED: 
 
 
 @triton.jit
-def _rotate_in_place(qkv, rope, count, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _rotate_in_place(qkv, cosines, sines, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, lane = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (lane < half)
     # Both halves of the table are alike.
-    cosine = tl.load(rope + token * 2 * half + lane, mask=lane < half, other=0.0)
-    sine = tl.load(rope + (count + token) * 2 * half + lane, mask=lane < half, other=0.0)
+    cosine = tl.load(cosines + token * 2 * half + lane, mask=lane < half, other=0.0)
+    sine = tl.load(sines + token * 2 * half + lane, mask=lane < half, other=0.0)
     first = qkv + (token * 3 + part) * heads * 2 * half + head * 2 * half + lane
     a = tl.load(first, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(first + half, mask=inside, other=0.0).to(tl.float32)
@@ -228,12 +229,12 @@ def _rotate_in_place(qkv, rope, count, heads, half, HEADS: tl.constexpr, HALF: t
 
 
 @triton.jit
-def _join_turned_back(by_q, by_k, by_v, rope, joined, count, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _join_turned_back(by_q, by_k, by_v, cosines, sines, joined, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, lane = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (lane < half)
-    cosine = tl.load(rope + token * 2 * half + lane, mask=lane < half, other=0.0)
-    sine = tl.load(rope + (count + token) * 2 * half + lane, mask=lane < half, other=0.0)
+    cosine = tl.load(cosines + token * 2 * half + lane, mask=lane < half, other=0.0)
+    sine = tl.load(sines + token * 2 * half + lane, mask=lane < half, other=0.0)
     source = token * heads * 2 * half + head * 2 * half + lane
     target = joined + (token * 3 + part) * heads * 2 * half + head * 2 * half + lane
     kind = joined.dtype.element_ty

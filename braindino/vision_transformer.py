@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from braindino.attention import BACKENDS, attention, choose_backend, split_and_rotate
-from braindino.fused_branch import Rows, add_branch_of_normed, fold_norm, turned_qkv
+from braindino.fused_branch import Rows, add_branch_of_normed, fold_norm, fold_scale, turned_qkv
 from braindino.last_block import Kept, plan_reading, read_last_block
 from braindino.lean_linear import gelu_linear, linear, norm_linear
 from braindino.own_kernels import own_kernels
 from braindino.pieces import Piece, add_in_pieces, divide
+from braindino.transfer import send
 
 if TYPE_CHECKING:
     from braindino.weights import InputContract
@@ -220,7 +221,7 @@ class VisionTransformer(nn.Module):
         )
         tokens = []
         for part, is_cls in zip(rows.split([len(flags) for flags in plan.is_cls]), plan.is_cls, strict=True):
-            cls, patches = ((flags.nonzero()[:, 0]).to(x.device, non_blocking=True) for flags in (is_cls, ~is_cls))
+            cls, patches = (send(flags.nonzero()[:, 0], x.device) for flags in (is_cls, ~is_cls))
             tokens.append(ReadTokens(part[cls], part[patches]))
         return tokens
 
@@ -337,6 +338,11 @@ class PatchEmbedding(nn.Module):
         weight = self.proj.weight
         if x.shape[1] == 1:
             weight = weight.sum(dim=1, keepdim=True)
+        if x.is_cuda:
+            # One product instead of cuDNN's convolution, which changes the layout of all pixels and all tokens.
+            (batch, channels, height, width), (p, _) = x.shape, self.proj.kernel_size
+            pixels = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+            return F.linear(pixels.reshape(batch, -1, channels * p * p), weight.flatten(1), self.proj.bias)
         return F.conv2d(x, weight, self.proj.bias, stride=self.proj.stride).flatten(2).transpose(1, 2)
 
 
@@ -392,6 +398,25 @@ class Block(nn.Module):
         self, x: torch.Tensor, packing: "_Packing", attn_subset: Rows | None, mlp_subset: Rows | None
     ) -> torch.Tensor:
         """(T, D) -> (T, D). A subset restricts its branch to some images; ``packing`` is what attention then sees."""
+        if packing.fused is not None:
+            into, attn_out = fold_norm(self.norm1, self.attn.qkv), fold_scale(self.attn.proj, self.ls1.gamma)
+            x = add_branch_of_normed(
+                x,
+                lambda normed: self.attn.of_normed(normed, packing, into=into, out=attn_out),
+                (*into, *attn_out),
+                subset=attn_subset,
+                eps=self.norm1.eps,
+                recompute=packing.fused,
+            )
+            hidden, mlp_out = fold_norm(self.norm2, self.mlp.fc1), fold_scale(self.mlp.fc2, self.ls2.gamma)
+            return add_branch_of_normed(
+                x,
+                lambda normed: gelu_linear(linear(normed, *hidden), *mlp_out),
+                (*hidden, *mlp_out),
+                subset=mlp_subset,
+                eps=self.norm2.eps,
+                recompute=packing.fused,
+            )
 
         # Once for all pieces.
         attn_out, mlp_out = self.ls1.folded(self.attn.proj), self.ls2.folded(self.mlp.fc2)
@@ -403,25 +428,6 @@ class Block(nn.Module):
         def transform(rows: torch.Tensor, _piece: Piece | None = None) -> torch.Tensor:
             return cast(torch.Tensor, self.mlp(rows, norm=self.norm2, out=mlp_out))
 
-        if packing.fused is not None:
-            into = fold_norm(self.norm1, self.attn.qkv)
-            x = add_branch_of_normed(
-                x,
-                lambda normed: self.attn.of_normed(normed, packing, into=into, out=attn_out),
-                (*into, *attn_out),
-                subset=attn_subset,
-                eps=self.norm1.eps,
-                recompute=packing.fused,
-            )
-            hidden = fold_norm(self.norm2, self.mlp.fc1)
-            return add_branch_of_normed(
-                x,
-                lambda normed: gelu_linear(linear(normed, *hidden), *mlp_out),
-                (*hidden, *mlp_out),
-                subset=mlp_subset,
-                eps=self.norm2.eps,
-                recompute=packing.fused,
-            )
         if packing.pieces is None:
             return _add_branch(_add_branch(x, attend, attn_subset), transform, mlp_subset)
         for branch, modules, out, subset in (
@@ -460,9 +466,12 @@ class SelfAttention(nn.Module):
         out: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """As forward, of tokens normalised before; the norm's weights are folded into the first map, ``into``."""
-        q, k, v = turned_qkv(normed, *into, packing.rope, num_heads=self.num_heads)
-        seen = attention(q, k, v, packing.groups, backend=packing.backend)
-        return linear(seen.flatten(1), *out)
+        # Groups that attention takes one by one need no common gradient of q, k and v put together first.
+        parts = [[group] for group in packing.groups] if packing.backend == "sdpa" else [packing.groups]
+        sizes = [sum(batch * tokens for batch, tokens in part) for part in parts]
+        qkv = turned_qkv(normed, *into, packing.rope, num_heads=self.num_heads, sizes=sizes)
+        seen = [attention(*qkv_part, part, backend=packing.backend) for qkv_part, part in zip(qkv, parts, strict=True)]
+        return linear((seen[0] if len(seen) == 1 else torch.cat(seen)).flatten(1), *out)
 
 
 class Mlp(nn.Module):
@@ -581,7 +590,7 @@ def _subsets_of(
     device, dtype = x.device, torch.promote_types(x.dtype, torch.float32)  # bfloat16 would round batch / kept by 0.4 %
     for (batch, tokens), order in zip(groups, orders, strict=True):
         kept = order.shape[1]
-        first_rows = start + tokens * order.to(device, non_blocking=True)
+        first_rows = start + tokens * send(order, device)
         rows.append((first_rows[..., None] + torch.arange(tokens, device=device)).flatten(1))
         scales.append(torch.full((kept * tokens,), batch / kept, device=device, dtype=dtype))
         start += batch * tokens

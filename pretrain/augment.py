@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from braindino.transfer import send
+
 BLUR_KERNEL = 9
 CROP_ATTEMPTS = 10
 
@@ -75,7 +77,7 @@ def render_crops(slices: Tensor, crops: CropParameters, *, size: int, canvas_siz
     """
     source_size = slices.shape[-1]
     # One small copy that the host does not wait for: waiting here would leave a GPU idle after every step.
-    drawn = torch.stack([values.float() for values in crops]).to(slices.device, non_blocking=True)
+    drawn = send(torch.stack([values.float() for values in crops]), slices.device)
     top, left, height, width, flip, sigma = drawn
     rows = resize_matrix(top, height, size=size, source_size=canvas_size)
     columns = resize_matrix(left, width, size=size, source_size=canvas_size)

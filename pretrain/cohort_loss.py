@@ -8,6 +8,7 @@ from torch import Tensor
 
 from braindino.manifest import Scan
 from braindino.pretrain.distributed import all_reduce
+from braindino.transfer import send
 
 PREFIX = "dino_cohort/"
 
@@ -29,7 +30,7 @@ class CohortLoss:
 
     def add(self, indices: np.ndarray, losses: Tensor) -> None:
         """Count the losses (B,) of slices, by their store indices (B,); those that are no numbers are left out."""
-        cohorts = torch.from_numpy(self._codes[indices]).to(losses.device, non_blocking=True)
+        cohorts = send(torch.from_numpy(self._codes[indices]), losses.device)
         finite = torch.isfinite(losses)
         values = torch.stack([torch.where(finite, losses, 0.0), finite.to(losses.dtype)]).to(self._sums.dtype)
         self._sums.index_add_(1, cohorts, values)

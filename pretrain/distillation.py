@@ -14,6 +14,7 @@ from braindino.pretrain.losses import gram_loss, koleo_loss
 from braindino.pretrain.prototypes import Teacher, mean_logits, prototype_loss, sinkhorn_offset
 from braindino.pretrain.randomness import torch_generator
 from braindino.pretrain.views import Views
+from braindino.transfer import send
 from braindino.vision_transformer import ARCHITECTURES, ReadTokens, VisionTransformer
 
 Centering = Literal["sinkhorn_knopp", "softmax"]
@@ -202,7 +203,7 @@ def distillation_objective(
         patches, gram = tokens[0].patches, tokens[0].cls.new_zeros((), dtype=torch.float32)
     else:
         whole = student.encoder.forward_crops(crops, masks=hidden, generator=generator)
-        patches = whole[0].patches.flatten(0, 1)[views.masked.to(views.masks.device, non_blocking=True)]
+        patches = whole[0].patches.flatten(0, 1)[send(views.masked, views.masks.device)]
         gram = gram_loss(whole[0].patches, targets.gram)
         tokens = [ReadTokens(part.cls, patches) for part in whole]
 
@@ -225,7 +226,9 @@ def distillation_objective(
         targets=((1.0,),),
         weights=views.mask_weights[None] / num_global,
         temperature=student_temperature,
+        with_usage=False,
     )
+    assert dino.usage is not None
     cls = tokens[0].cls
     koleo = koleo_loss(cls[:batch]) + koleo_loss(cls[batch:])
     dino_global = dino.rows[:2].mean()

@@ -60,13 +60,13 @@ class PrototypeLoss(NamedTuple):
         loss: sum over the student's rows of weight times cross-entropy, nats; differentiable.
         rows: (S, N) cross-entropy of each row, nats, detached.
         entropy: (V, N) of the teacher's distributions, nats.
-        usage: (K,) mean of the teacher's distributions over all V * N rows.
+        usage: (K,) mean of the teacher's distributions over all V * N rows; None where it was not asked for.
     """
 
     loss: Tensor
     rows: Tensor
     entropy: Tensor
-    usage: Tensor
+    usage: Tensor | None
 
 
 @torch.no_grad()
@@ -143,6 +143,7 @@ def prototype_loss(
     targets: tuple[tuple[float, ...], ...],
     weights: Tensor,
     temperature: float,
+    with_usage: bool = True,
 ) -> PrototypeLoss:
     """Cross-entropy between the teacher's distributions and the student's.
 
@@ -154,14 +155,16 @@ def prototype_loss(
             Neighbours with equal shares are computed together.
         weights: (S, N) weight of each row in the loss.
         temperature: of the student.
+        with_usage: whether ``usage`` is wanted.
     """
-    loss, rows, entropy, usage = _PrototypeLoss.apply(student, prototypes, teacher, targets, weights, temperature)
+    usage = torch.zeros(len(prototypes), device=student.device) if with_usage else None
+    loss, rows, entropy = _PrototypeLoss.apply(student, prototypes, teacher, targets, weights, temperature, usage)
     return PrototypeLoss(loss, rows, entropy, usage)
 
 
 class _PrototypeLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, prototypes, teacher, targets, weights, temperature):  # noqa: PLR0917
+    def forward(ctx, student, prototypes, teacher, targets, weights, temperature, usage):  # noqa: PLR0917
         features = teacher.features
         with torch.no_grad():
             num_rows, num_prototypes = student.shape[1], len(prototypes)
@@ -171,7 +174,6 @@ class _PrototypeLoss(torch.autograd.Function):
             weight_gradient = torch.zeros(prototypes.shape, device=student.device) if wanted else None
             rows = torch.empty(student.shape[:2], device=student.device)
             entropy = torch.empty(features.shape[:2], device=student.device)
-            usage = torch.zeros(num_prototypes, device=student.device)
             per_row = num_prototypes * (len(student) + len(features))
             for piece in _pieces(num_rows, per_row * weight.element_size(), student.device):
                 scores = _products(student[:, piece], weight)
@@ -188,12 +190,13 @@ class _PrototypeLoss(torch.autograd.Function):
                     weight_gradient.addmm_(flat.T, seen)
                 else:
                     weight_gradient += flat.T @ seen
-            usage /= features.shape[0] * num_rows
+            if usage is not None:
+                usage /= features.shape[0] * num_rows
             loss = (rows * weights).sum()
         ctx.save_for_backward(student_gradient, weight_gradient)
         ctx.dtypes = student.dtype, prototypes.dtype
-        ctx.mark_non_differentiable(rows, entropy, usage)
-        return loss, rows, entropy, usage
+        ctx.mark_non_differentiable(rows, entropy)
+        return loss, rows, entropy
 
     @staticmethod
     def backward(ctx, gradient, *_):
@@ -202,7 +205,7 @@ class _PrototypeLoss(torch.autograd.Function):
         return (
             (student_gradient * gradient).to(student_dtype),
             (weight_gradient * gradient).to(weight_dtype),
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
@@ -213,10 +216,10 @@ def _compare_in_strips(  # noqa: PLR0917
     targets: tuple[tuple[float, ...], ...],
     weights: Tensor,
     temperature: float,
-    usage: Tensor,
+    usage: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropies (S, n) of some rows and the teacher's entropies (V, n). ``scores`` (S, n, K) become the gradient
-    of the weighted sum, and the teacher's distributions are added to ``usage``."""
+    of the weighted sum, and the teacher's distributions are added to ``usage``, if there is one."""
     num_student, num_rows, num_prototypes = scores.shape
     rows = torch.empty(num_student, num_rows, device=scores.device)
     entropy = torch.empty(len(teacher_scores), num_rows, device=scores.device)
@@ -226,7 +229,8 @@ def _compare_in_strips(  # noqa: PLR0917
         # Entropy of softmax(z): logsumexp(z) - sum p z.
         p = torch.exp(z - log_norm)
         entropy[:, here] = log_norm[..., 0] - torch.linalg.vecdot(p, z)
-        usage += p.sum(dim=(0, 1))
+        if usage is not None:
+            usage += p.sum(dim=(0, 1))
         for group, shares in _groups(targets):
             target = _mixture(p, shares)
             s = scores[group, here].float() / temperature
@@ -245,7 +249,7 @@ def _compare_in_kernels(  # noqa: PLR0917
     targets: tuple[tuple[float, ...], ...],
     weights: Tensor,
     temperature: float,
-    usage: Tensor,
+    usage: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_compare_in_strips`, on a GPU."""
     from braindino.pretrain.prototype_kernels import column_logsumexp, cross_entropy_in_place, row_statistics
@@ -253,7 +257,8 @@ def _compare_in_kernels(  # noqa: PLR0917
     views, scale = teacher_scores.shape[:2], 1 / teacher.temperature
     flat = teacher_scores.flatten(0, 1)
     teacher_norm, mean = row_statistics(flat, teacher.offset, scale=scale)
-    usage += torch.exp(column_logsumexp(flat, teacher_norm, scale=scale) + teacher.offset)
+    if usage is not None:
+        usage += torch.exp(column_logsumexp(flat, teacher_norm, scale=scale) + teacher.offset)
     norm, _ = row_statistics(scores.flatten(0, 1), None, scale=1 / temperature)
     rows = cross_entropy_in_place(
         scores,

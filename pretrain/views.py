@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from braindino.pretrain.augment import CropParameters, draw_crops, render_crops
+from braindino.transfer import send
 
 
 class Views(NamedTuple):
@@ -47,7 +48,7 @@ def build_views(
     `part` says which of the `global_batch` slices of the iteration these are: crops are drawn for all of them, so that
     a slice is cropped alike whoever does it. By default the B slices are all there are.
     """
-    slices = slices.to(device, non_blocking=True).float()
+    slices = send(slices, device).float()
 
     def crop(size: int, scale: tuple[float, float], blur_probability: float) -> Tensor:
         crops = draw_crops(
@@ -74,7 +75,7 @@ def build_views(
     return Views(
         global_crops=torch.cat(views),
         local_crops=torch.cat(local_views) if local_views else None,
-        masks=masks.to(device, non_blocking=True),
+        masks=send(masks, device),
         masked=masked,
-        mask_weights=(1.0 / counts.repeat_interleave(counts)).to(device, non_blocking=True),
+        mask_weights=send(1.0 / counts.repeat_interleave(counts), device),
     )

@@ -133,7 +133,19 @@ def test_on_the_cpu_auto_is_sdpa_and_explain_tells_it():
 )
 def test_on_cuda_auto_takes_one_kernel_for_many_sizes_when_one_works(monkeypatch, working, dtype, num_groups, expected):
     monkeypatch.setattr(module, "_probe", lambda name, device: "" if name in working else "absent")
+    monkeypatch.setattr(module, "_has_cudnn_attention", lambda device: False)
     assert choose_backend("cuda", dtype, num_groups=num_groups) == expected
+
+
+def test_on_cuda_with_cudnn_attention_auto_takes_torchs_own_and_some_queries_still_one_kernel(monkeypatch):
+    monkeypatch.setattr(module, "_probe", lambda name, device: "")
+    monkeypatch.setattr(module, "_has_cudnn_attention", lambda device: True)
+    assert choose_backend("cuda", torch.bfloat16, num_groups=2) == "sdpa"
+    monkeypatch.setattr(module, "_varlen_of_queries", lambda *arguments: arguments)
+    q, k, v = (torch.zeros(4, 1, 8, dtype=torch.bfloat16) for _ in range(3))
+    counts = [torch.tensor([2, 2])]
+    found = module.attention_of_queries(q, k, v, [(2, 2)], counts, backend="sdpa")
+    assert found == (q, k, v, [(2, 2)], counts)
 
 
 def test_xformers_is_given_one_batch_and_the_length_of_every_sequence(monkeypatch):

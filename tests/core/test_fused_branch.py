@@ -1,4 +1,4 @@
-"""The encoder by GPU kernels, in Triton's interpreter, against its plain formulation; and on a GPU, where there is one."""
+"""The encoder by GPU kernels, in Triton's interpreter, against its plain formulation; where there is a GPU, on it."""
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 The iteration is that of train.py, piece by piece; the test on the CPU keeps these pieces in step with the code.
 """
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -100,12 +101,14 @@ def test_the_host_never_waits_for_the_gpu_in_a_step() -> None:
     for iteration in range(2):  # kernels are chosen, and tables made, at the first
         step(iteration)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(2)
-        step(3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(2)
+            step(3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
