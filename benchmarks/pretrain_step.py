@@ -346,7 +346,7 @@ def main() -> None:
                 continue
             result = json.loads(run.stdout.splitlines()[-1])
             rounds[side].append(result)
-            stages = "".join(f"; {name} {seconds:.2f}" for name, seconds in result["stages"].items())
+            stages = "".join(f"; {name} {seconds:.3f}" for name, seconds in result["stages"].items())
             print(
                 f"{side:<8} {result['seconds']:8.3f} s a step, {result['cpu_seconds']:8.3f} s of processors, "
                 f"{result['rate']:8.2f} images/s, peak {result['peak_gb']:.2f} GB ({result['device']}{stages})",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from braindino.transfer import send
 
@@ -23,6 +24,11 @@ BACKENDS = ("sdpa", "varlen", "xformers")
 
 _PACKED_PREFERENCE = ("varlen", "xformers")
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+# Up to so many tokens an image cuDNN and flash attention, which work on 64 or 128 at a time, are slower than the
+# memory-efficient kernel (benchmarks/RESULTS.md).
+SHORT = 64
+_FOR_SHORT = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 Groups = Sequence[tuple[int, int]]
 
@@ -45,6 +51,14 @@ def attention(
         return _sdpa(q, k, v, groups)
     _require(backend, q.device, q.dtype)
     return _KERNELS[backend](q, k, v, groups)
+
+
+def attention_of_images(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Torch's scaled dot product attention of (batch, heads, tokens, head_dim), by the kernel that is fastest here."""
+    if q.is_cuda and q.dtype in _HALF_DTYPES and q.shape[2] <= SHORT and not torch.compiler.is_compiling():
+        with sdpa_kernel(_FOR_SHORT, set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
@@ -183,7 +197,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Groups) -> 
     outputs = []
     for group, *parts in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         heads_first = (part.unflatten(0, group).transpose(1, 2) for part in parts)
-        outputs.append(F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(0, 1))
+        outputs.append(attention_of_images(*heads_first).transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
@@ -40,28 +41,41 @@ def fold_scale(linear: nn.Linear, gamma: Tensor) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def add_branch_of_normed(
+class Following(NamedTuple):
+    """The branch after this one."""
+
+    subset: Rows | None
+    """Of which tokens it is; None for all."""
+    eps: float
+    """Of its norm."""
+
+
+def add_branch(
     x: Tensor,
+    normed: Tensor,
     branch: Callable[[Tensor], Tensor],
     parameters: Sequence[Tensor],
     *,
     subset: Rows | None,
     eps: float,
+    following: Following | None,
     recompute: bool,
-) -> Tensor:
-    """(T, D), a new tensor in the dtype of x.
+) -> tuple[Tensor, Tensor | None]:
+    """The sum (T, D), a new tensor in the dtype of x, and of it the normalised tokens that the following branch sees.
 
     Args:
         x: packed tokens.
-        branch: of the normalised tokens (T', D), in the precision of matrix products; draws no random number.
+        normed: (T', D) those of them that the branch sees, normalised: :func:`normalize`, or what came before.
+        branch: of the normalised tokens, in the precision of matrix products; draws no random number.
         parameters: all that the branch uses and that may want a gradient.
         subset: the tokens that have a branch; None for all.
-        eps: of the norm.
+        eps: of the norm before the branch.
+        following: the branch that comes next; None to make nothing for it.
         recompute: forget what is inside the branch and compute it again in the backward pass.
     """
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
-    result: Tensor = _AddBranch.apply(x, branch, subset, eps, wanted, recompute, *parameters)
-    return result
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, normed, *parameters))
+    made = _AddBranch.apply(x, normed, branch, subset, eps, following, wanted, recompute, *parameters)
+    return (made, None) if following is None else made
 
 
 def normalize(x: Tensor, rows: Tensor | None, *, eps: float) -> Tensor:
@@ -74,12 +88,18 @@ def normalize(x: Tensor, rows: Tensor | None, *, eps: float) -> Tensor:
 
 
 def turned_qkv(
-    normed: Tensor, weight: Tensor, bias: Tensor, rope: Tensor, *, num_heads: int, sizes: Sequence[int]
+    normed: Tensor, weight: Tensor, bias: Tensor, rope: Tensor, *, num_heads: int, groups: Sequence[tuple[int, int]]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """q and k, turned by their angles, and v, all views of one tensor; for each of the parts of the token axis, of
-    these sizes, three of (size, heads, head_dim)."""
-    flat = _TurnedQkv.apply(normed, weight, bias, rope, num_heads, tuple(sizes))
+    """q and k, turned by their angles, and v, all views of one tensor: for each of the groups (batch, tokens), which
+    follow each other on the token axis, three of (batch, heads, tokens, head_dim)."""
+    flat = _TurnedQkv.apply(normed, weight, bias, rope, num_heads, tuple(groups))
     return [flat[start : start + 3] for start in range(0, len(flat), 3)]
+
+
+def mlp_of_normed(normed: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Linear, GELU, linear of (T, D); each map a weight and a bias."""
+    result: Tensor = _Mlp.apply(normed, *first, *second)
+    return result
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -133,60 +153,92 @@ class _FoldScale(torch.autograd.Function):
 
 
 class _AddBranch(torch.autograd.Function):
+    """What comes back through the following norm is added here, in the pass that gathers the gradient of the branch."""
+
     @staticmethod
     def forward(  # noqa: PLR0917
         ctx: Any,
         x: Tensor,
+        normed: Tensor,
         branch: Callable[[Tensor], Tensor],
         subset: Rows | None,
         eps: float,
+        following: Following | None,
         wanted: bool,
         recompute: bool,
         *parameters: Tensor,
-    ) -> Tensor:
-        from braindino.token_kernels import add_branch, normalize_rows
+    ) -> Any:
+        from braindino.token_kernels import add_and_normalize
 
-        rows, place, scale = subset or (None, None, None)
-        dtype = product_dtype(x)
-        normed, rstd = normalize_rows(x, rows, eps=eps, dtype=dtype)
         graph = wanted and not recompute
+        seen = normed.detach().requires_grad_(graph)
         with torch.set_grad_enabled(graph):
-            made = branch(normed.requires_grad_(graph))
+            made = branch(seen)
+        result, following_normed, rstd = add_and_normalize(
+            x,
+            made.detach(),
+            _branch(subset, x),
+            None if following is None else _branch(following.subset, x),
+            eps=0.0 if following is None else following.eps,
+            dtype=normed.dtype,
+        )
+        ctx.graph = None
         if graph:
             # The edge keeps the graph of the branch, but not its output.
-            ctx.graph = normed, rstd, get_gradient_edge(made)
+            ctx.graph = seen, get_gradient_edge(made)
+            ctx.save_for_backward(following_normed, rstd)
         elif wanted:
-            ctx.save_for_backward(x)
-        ctx.subset, ctx.eps, ctx.branch, ctx.recompute = subset, eps, branch, recompute
+            ctx.save_for_backward(x, result)
+        ctx.branch, ctx.subset, ctx.eps, ctx.following, ctx.recompute = branch, subset, eps, following, recompute
         ctx.autocast = torch.is_autocast_enabled(x.device.type)
-        ctx.dtype, ctx.made_dtype = dtype, made.dtype
+        ctx.dtype, ctx.made_dtype = normed.dtype, made.dtype
         ctx.parameters = parameters
-        return add_branch(x, made.detach(), place, scale)
+        return result if following is None else (result, following_normed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        from braindino.token_kernels import gather_scaled, normalize_rows, normalize_rows_backward
+    def backward(ctx: Any, gradient: Tensor, by_following: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        from braindino.token_kernels import add_and_normalize_backward, normalize_rows
 
-        rows, place, scale = ctx.subset or (None, None, None)
+        following = ctx.following
         if ctx.recompute:
-            (x,) = ctx.saved_tensors
-            normed, rstd = normalize_rows(x, rows, eps=ctx.eps, dtype=ctx.dtype)
-            device = gradient.device.type
-            with torch.enable_grad(), torch.autocast(device, dtype=ctx.dtype, enabled=ctx.autocast):
-                edge = get_gradient_edge(ctx.branch(normed.requires_grad_()))
+            x, result = ctx.saved_tensors
+            seen, _ = normalize_rows(x, ctx.subset and ctx.subset.rows, eps=ctx.eps, dtype=ctx.dtype)
+            with torch.enable_grad(), torch.autocast(gradient.device.type, dtype=ctx.dtype, enabled=ctx.autocast):
+                edge = get_gradient_edge(ctx.branch(seen.requires_grad_()))
+            following_normed = rstd = None
+            if following is not None:
+                rows = following.subset and following.subset.rows
+                following_normed, rstd = normalize_rows(result, rows, eps=following.eps, dtype=ctx.dtype)
         elif ctx.graph is None:
             raise RuntimeError("a fused branch can be differentiated once: its graph is gone")
         else:
-            (normed, rstd, edge), ctx.graph = ctx.graph, None
+            following_normed, rstd = ctx.saved_tensors
+            (seen, edge), ctx.graph = ctx.graph, None
+        by_x, by_made = add_and_normalize_backward(
+            gradient,
+            by_following,
+            following_normed,
+            rstd,
+            _branch(ctx.subset, gradient),
+            None if following is None else _branch(following.subset, gradient),
+            dtype=ctx.made_dtype,
+        )
         used = [parameter for parameter in ctx.parameters if parameter.requires_grad]
-        of_made = gather_scaled(gradient, rows, scale, dtype=ctx.made_dtype)
-        by_normed, *by_used = torch.autograd.grad([edge], [normed, *used], [of_made])
-        by_x = None
-        if ctx.needs_input_grad[0]:
-            by_x = normalize_rows_backward(gradient, by_normed, normed.detach(), rstd, place, like=gradient)
+        by_normed, *by_used = torch.autograd.grad([edge], [seen, *used], [by_made])
         found = iter(by_used)
-        return by_x, *[None] * 5, *(next(found) if parameter.requires_grad else None for parameter in ctx.parameters)
+        return (
+            by_x,
+            by_normed,
+            *[None] * 6,
+            *(next(found) if parameter.requires_grad else None for parameter in ctx.parameters),
+        )
+
+
+def _branch(subset: Rows | None, x: Tensor) -> Any:
+    from braindino.token_kernels import Branch
+
+    return Branch(len(x), None) if subset is None else Branch(len(subset.rows), subset.place, subset.scale)
 
 
 class _Normalize(torch.autograd.Function):
@@ -210,7 +262,7 @@ class _Normalize(torch.autograd.Function):
         if rows is not None:
             place = torch.full(ctx.shape[:1], -1, dtype=torch.int32, device=rows.device)
             place[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-        return normalize_rows_backward(None, gradient, normed, rstd, place, like=like), None, None
+        return normalize_rows_backward(gradient, normed, rstd, place, like=like), None, None
 
 
 class _TurnedQkv(torch.autograd.Function):
@@ -222,15 +274,20 @@ class _TurnedQkv(torch.autograd.Function):
         bias: Tensor,
         rope: Tensor,
         num_heads: int,
-        sizes: tuple[int, ...],
+        groups: tuple[tuple[int, int], ...],
     ) -> tuple[Tensor, ...]:
         from braindino.token_kernels import rotate_in_place
 
         qkv = plain_linear(normed, weight, bias).unflatten(-1, (3, num_heads, -1))
         rotate_in_place(qkv, rope)
         ctx.save_for_backward(normed, weight, rope)
-        ctx.sizes = sizes
-        return tuple(part[:, index] for part in qkv.split(sizes) for index in range(3))
+        ctx.groups, ctx.num_heads = groups, num_heads
+        parts = qkv.split([batch * tokens for batch, tokens in groups])
+        return tuple(
+            part[:, index].unflatten(0, group).transpose(1, 2)
+            for part, group in zip(parts, groups, strict=True)
+            for index in range(3)
+        )
 
     @staticmethod
     @once_differentiable
@@ -238,16 +295,46 @@ class _TurnedQkv(torch.autograd.Function):
         from braindino.token_kernels import join_turned_back
 
         normed, weight, rope = ctx.saved_tensors
-        heads, head_dim = gradients[0].shape[1:]
-        joined = gradients[0].new_empty(len(normed), 3, heads, head_dim)
+        joined = gradients[0].new_empty(len(normed), 3, ctx.num_heads, gradients[0].shape[-1])
         start = 0
-        for number, size in enumerate(ctx.sizes):
-            of_part = gradients[3 * number : 3 * number + 3]
-            join_turned_back(*of_part, rope[:, start : start + size], joined[start : start + size])
-            start += size
+        for number, (batch, tokens) in enumerate(ctx.groups):
+            stop = start + batch * tokens
+            by_q, by_k, by_v = gradients[3 * number : 3 * number + 3]
+            join_turned_back(by_q, by_k, by_v, rope[:, start:stop], joined[start:stop])
+            start = stop
         joined = joined.flatten(1)
         by_weight, by_bias = gradients_of_weights(ctx.needs_input_grad[1:3], joined, normed, weight)
         by_normed = None
         if ctx.needs_input_grad[0]:
             by_normed = plain_linear(joined, weight.to(joined.dtype).T, None).to(normed.dtype)
         return by_normed, by_weight, by_bias, None, None, None
+
+
+class _Mlp(torch.autograd.Function):
+    """Keeps what goes into the GELU; what comes out is computed again, together with its gradient and the sums that the
+    first bias wants."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        ctx: Any, normed: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+    ) -> Tensor:
+        hidden = plain_linear(normed, weight1, bias1)
+        ctx.save_for_backward(normed, hidden, weight1, weight2)
+        return plain_linear(F.gelu(hidden), weight2, bias2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from braindino.token_kernels import gelu_and_gradient
+
+        normed, hidden, weight1, weight2 = ctx.saved_tensors
+        for_normed, for_weight1, for_bias1, for_weight2, for_bias2 = ctx.needs_input_grad
+        by_activated = plain_linear(gradient, weight2.to(gradient.dtype).T, None)
+        activated, by_hidden, sums = gelu_and_gradient(hidden, by_activated)
+        by_weight2, by_bias2 = gradients_of_weights((for_weight2, for_bias2), gradient, activated, weight2)
+        by_weight1, _ = gradients_of_weights((for_weight1, False), by_hidden, normed, weight1)
+        by_normed = None
+        if for_normed:
+            by_normed = plain_linear(by_hidden, weight1.to(by_hidden.dtype).T, None).to(normed.dtype)
+        by_bias1 = sums.sum(dim=0).to(weight1.dtype) if for_bias1 else None
+        return by_normed, by_weight1, by_bias1, by_weight2, by_bias2

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from braindino.attention import attention_of_queries, rotate
-from braindino.fused_branch import fold_norm, normalize
+from braindino.fused_branch import fold_norm
 from braindino.lean_linear import linear
 from braindino.transfer import send
 
@@ -134,7 +134,7 @@ def read_last_block(
     rope: torch.Tensor,
     groups: Sequence[tuple[int, int]],
     backend: str,
-    fused: bool,
+    normed: torch.Tensor | None,
 ) -> torch.Tensor:
     """(T, D) packed tokens before the block -> (R, D) tokens after it, those that are read.
 
@@ -145,13 +145,13 @@ def read_last_block(
         rope: (2, T_kept, 1, head_dim) of the rows that attention sees.
         groups: (images that attend, tokens) of each batch.
         backend: of ``braindino.attention``.
-        fused: normalise by the kernels of ``braindino.fused_branch``.
+        normed: (T_kept, D) the rows that attention sees, normalised by the kernels of ``braindino.fused_branch``; None
+            to do it here.
     """
     attn = block.attn
     weight: torch.Tensor
     bias: torch.Tensor | None
-    if fused:
-        normed = normalize(x, plan.keys, eps=block.norm1.eps)
+    if normed is not None:
         weight, bias = fold_norm(block.norm1, attn.qkv)
     else:
         normed = block.norm1(x if plan.keys is None else x[plan.keys])

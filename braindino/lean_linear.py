@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from braindino.own_kernels import own_kernels
-
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -89,17 +87,11 @@ class _GeluLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        by_weight, by_bias = gradients_of_weights(ctx.needs_input_grad[1:], gradient, F.gelu(x), weight)
         outer = None
         if ctx.needs_input_grad[0]:
-            outer = plain_linear(gradient, weight.to(gradient.dtype).T, None).to(x.dtype)
-        if outer is not None and own_kernels(x.device):
-            from braindino.token_kernels import gelu_and_gradient
-
-            activated, outer = gelu_and_gradient(x, outer)
-        else:
-            activated = F.gelu(x)
-            outer = None if outer is None else torch.ops.aten.gelu_backward(outer, x)
-        by_weight, by_bias = gradients_of_weights(ctx.needs_input_grad[1:], gradient, activated, weight)
+            by_activated = plain_linear(gradient, weight.to(gradient.dtype).T, None).to(x.dtype)
+            outer = torch.ops.aten.gelu_backward(by_activated, x)
         return outer, by_weight, by_bias
 
 

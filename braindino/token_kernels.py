@@ -6,12 +6,14 @@ once, computes in float32 and allocates nothing else. Triton programs; in its in
 which is how they are compared with the plain formulation (tests/core/test_token_kernels.py).
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 4096  # of a program that works on single values
+GELU_ROWS, GELU_COLUMNS = 64, 128  # of a program
 
 
 def normalize_rows(x: Tensor, rows: Tensor | None, *, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -39,69 +41,118 @@ def normalize_rows(x: Tensor, rows: Tensor | None, *, eps: float, dtype: torch.d
 
 
 def normalize_rows_backward(
-    gradient: Tensor | None, by_normed: Tensor, normed: Tensor, rstd: Tensor, place: Tensor | None, *, like: Tensor
+    by_normed: Tensor, normed: Tensor, rstd: Tensor, place: Tensor | None, *, like: Tensor
 ) -> Tensor:
-    """``gradient`` (T, D) plus what comes back through :func:`normalize_rows`, a new tensor (T, D) like ``like``.
+    """The gradient (T, D) by x of :func:`normalize_rows`, like ``like``.
 
-    gradient: None for zero. by_normed: (T', D). place: (T,) where in T' a row is, -1 if nowhere; None if T' is T.
+    by_normed: (T', D). place: (T,) int32 where in T' a row is, -1 if nowhere; None if T' is T.
     """
-    result = torch.empty_like(like, memory_format=torch.contiguous_format)
-    width = like.shape[1]
-    if len(like):
-        _normalize_rows_backward[(len(like),)](
-            result if gradient is None else gradient.contiguous(),
-            by_normed.contiguous(),
-            normed,
-            rstd,
-            rstd if place is None else place,
-            result,
-            width,
-            ADD=gradient is not None,
-            SOME=place is not None,
-            BLOCK=triton.next_power_of_2(width),
-            num_warps=4,
-        )
-    return result
+    return _through_norm(None, by_normed, normed, rstd, place, like=like, branch=None)[0]
 
 
-def add_branch(x: Tensor, branch: Tensor, place: Tensor | None, scale: Tensor | None) -> Tensor:
-    """x (T, D) plus scale * branch (T', D), a new tensor in the dtype of x; scale (T',) float32 or None for one."""
-    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+class Branch(NamedTuple):
+    """Which rows of T a branch is of."""
+
+    num_rows: int
+    """T'."""
+    place: Tensor | None
+    """(T,) int32: where in T' a row is, -1 if nowhere; None if T' is T."""
+    scale: Tensor | None = None
+    """(T',) float32, what the branch is multiplied by; None for one."""
+
+
+def add_and_normalize(
+    x: Tensor, made: Tensor, branch: Branch, following: Branch | None, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x (T, D) plus scale * made (T', D), a new tensor like x; and of its rows that the following branch is of, what
+    :func:`normalize_rows` gives. The latter is None, None where nothing follows."""
     width = x.shape[1]
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    normed = rstd = None
+    if following is not None:
+        normed = torch.empty(following.num_rows, width, device=x.device, dtype=dtype)
+        rstd = torch.empty(following.num_rows, device=x.device)
     if len(x):
-        _add_branch[(len(x),)](
+        place, scale = branch.place, branch.scale
+        next_place = None if following is None else following.place
+        _add_and_normalize[(len(x),)](
             x.contiguous(),
-            branch.contiguous(),
+            made.contiguous(),
             result if place is None else place,
             result if scale is None else scale,
             result,
+            result if next_place is None else next_place,
+            result if normed is None else normed,
+            result if rstd is None else rstd,
             width,
+            eps,
             SOME=place is not None,
             SCALED=scale is not None,
+            FOLLOWED=following is not None,
+            SOME_NEXT=next_place is not None,
             BLOCK=triton.next_power_of_2(width),
             num_warps=4,
         )
-    return result
+    return result, normed, rstd
 
 
-def gather_scaled(x: Tensor, rows: Tensor | None, scale: Tensor | None, *, dtype: torch.dtype) -> Tensor:
-    """scale * x[rows]: (T', D) in ``dtype`` from x (T, D); scale (T',) float32 or None for one."""
-    count = len(x) if rows is None else len(rows)
-    width = x.shape[1]
-    result = torch.empty(count, width, device=x.device, dtype=dtype)
-    if count:
-        _gather_scaled[(count,)](
-            x.contiguous(),
-            result if rows is None else rows,
-            result if scale is None else scale,
-            result,
+def add_and_normalize_backward(
+    gradient: Tensor,
+    by_normed: Tensor | None,
+    normed: Tensor | None,
+    rstd: Tensor | None,
+    branch: Branch,
+    following: Branch | None,
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradients by x (T, D), like ``gradient``, and by made (T', D), in ``dtype``, of :func:`add_and_normalize`.
+
+    gradient: (T, D) by its first result. by_normed: by its second; None, as normed and rstd, where nothing follows.
+    """
+    place = None if following is None else following.place
+    total, by_made = _through_norm(gradient, by_normed, normed, rstd, place, like=gradient, branch=branch, dtype=dtype)
+    assert by_made is not None
+    return total, by_made
+
+
+def _through_norm(
+    gradient: Tensor | None,
+    by_normed: Tensor | None,
+    normed: Tensor | None,
+    rstd: Tensor | None,
+    place: Tensor | None,
+    *,
+    like: Tensor,
+    branch: Branch | None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    width = like.shape[1]
+    total = torch.empty_like(like, memory_format=torch.contiguous_format)
+    by_made = None if branch is None else torch.empty(branch.num_rows, width, device=like.device, dtype=dtype)
+    own_place, scale = (None, None) if branch is None else (branch.place, branch.scale)
+    if len(like):
+        _through_norm_kernel[(len(like),)](
+            total if gradient is None else gradient.contiguous(),
+            total if by_normed is None else by_normed.contiguous(),
+            total if normed is None else normed,
+            total if rstd is None else rstd,
+            total if place is None else place,
+            total,
+            total if own_place is None else own_place,
+            total if scale is None else scale,
+            total if by_made is None else by_made,
             width,
-            GATHER=rows is not None,
+            ADD=gradient is not None,
+            NORM=by_normed is not None,
+            SOME_NEXT=place is not None,
+            GATHER=branch is not None,
+            SOME=own_place is not None,
             SCALED=scale is not None,
             BLOCK=triton.next_power_of_2(width),
             num_warps=4,
         )
-    return result
+    return total, by_made
 
 
 def rotate_in_place(qkv: Tensor, rope: Tensor) -> None:
@@ -121,19 +172,25 @@ def rotate_in_place(qkv: Tensor, rope: Tensor) -> None:
 
 
 def join_turned_back(by_q: Tensor, by_k: Tensor, by_v: Tensor, rope: Tensor, joined: Tensor) -> None:
-    """Fill (T, 3, heads, head_dim) with gradients (T, heads, head_dim) of turned q and k, turned back, and of v.
+    """Fill (B * N, 3, heads, head_dim) with the gradients of turned q and k, turned back, and of v.
 
-    rope: (2, T, 1, head_dim), its rows contiguous.
+    by_q, by_k, by_v: (B, heads, N, head_dim), laid out as attention's backward pass likes it.
+    rope: (2, B * N, 1, head_dim), its rows contiguous.
     """
-    count, heads, width = by_v.shape
-    if count:
-        _join_turned_back[(count, 3)](
-            by_q.contiguous(),
-            by_k.contiguous(),
-            by_v.contiguous(),
+    by_q, by_k, by_v = (part if part.stride(-1) == 1 else part.contiguous() for part in (by_q, by_k, by_v))
+    batch, heads, tokens, width = by_v.shape
+    if by_v.numel():
+        _join_turned_back[(batch * tokens, 3)](
+            by_q,
+            by_k,
+            by_v,
+            *by_q.stride()[:3],
+            *by_k.stride()[:3],
+            *by_v.stride()[:3],
             rope[0],
             rope[1],
             joined,
+            tokens,
             heads,
             width // 2,
             HEADS=triton.next_power_of_2(heads),
@@ -142,14 +199,19 @@ def join_turned_back(by_q: Tensor, by_k: Tensor, by_v: Tensor, rope: Tensor, joi
         )
 
 
-def gelu_and_gradient(x: Tensor, by_gelu: Tensor) -> tuple[Tensor, Tensor]:
-    """gelu(x) once more, and the gradient by x: two tensors like x."""
+def gelu_and_gradient(x: Tensor, by_gelu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """gelu(x) once more, the gradient by x, both like x (T, D), and the latter's sums over some rows each, (parts, D)
+    float32."""
+    x, by_gelu = x.contiguous(), by_gelu.contiguous()
+    count, width = x.shape
     activated, by_x = torch.empty_like(x), torch.empty_like(x)
-    if x.numel():
-        _gelu_and_gradient[(triton.cdiv(x.numel(), ELEMENTS),)](
-            x, by_gelu, activated, by_x, x.numel(), BLOCK=ELEMENTS, num_warps=8
+    parts = triton.cdiv(count, GELU_ROWS)
+    sums = torch.empty(parts, width, device=x.device)
+    if count:
+        _gelu_and_gradient[(parts, triton.cdiv(width, GELU_COLUMNS))](
+            x, by_gelu, activated, by_x, sums, count, width, ROWS=GELU_ROWS, COLUMNS=GELU_COLUMNS, num_warps=8
         )
-    return activated, by_x
+    return activated, by_x, sums
 
 
 @triton.jit
@@ -167,50 +229,87 @@ def _normalize_rows(x, rows, normed, rstd, width, eps, GATHER: tl.constexpr, BLO
 
 
 @triton.jit
-def _normalize_rows_backward(
-    gradient, by_normed, normed, rstd, place, result, width, ADD: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr
+def _add_and_normalize(
+    x,
+    made,
+    place,
+    scale,
+    result,
+    next_place,
+    normed,
+    rstd,
+    width,
+    eps,
+    SOME: tl.constexpr,
+    SCALED: tl.constexpr,
+    FOLLOWED: tl.constexpr,
+    SOME_NEXT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
-    inside = lane < width
-    total = tl.zeros((BLOCK,), tl.float32)
-    if ADD:
-        total = tl.load(gradient + row * width + lane, mask=inside, other=0.0).to(tl.float32)
-    here = tl.load(place + row).to(tl.int64) if SOME else row
-    if here >= 0:
-        by = tl.load(by_normed + here * width + lane, mask=inside, other=0.0).to(tl.float32)
-        seen = tl.load(normed + here * width + lane, mask=inside, other=0.0).to(tl.float32)
-        along = tl.sum(by * seen, axis=0) / width
-        mean = tl.sum(by, axis=0) / width
-        total += (by - mean - seen * along) * tl.load(rstd + here)
-    tl.store(result + row * width + lane, total.to(result.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _add_branch(x, branch, place, scale, result, width, SOME: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < width
     total = tl.load(x + row * width + lane, mask=inside, other=0.0).to(tl.float32)
     here = tl.load(place + row).to(tl.int64) if SOME else row
     if here >= 0:
-        added = tl.load(branch + here * width + lane, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(made + here * width + lane, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
             added *= tl.load(scale + here)
         total += added
-    tl.store(result + row * width + lane, total.to(result.dtype.element_ty), mask=inside)
+    rounded = total.to(result.dtype.element_ty)
+    tl.store(result + row * width + lane, rounded, mask=inside)
+    if FOLLOWED:
+        target = tl.load(next_place + row).to(tl.int64) if SOME_NEXT else row
+        if target >= 0:
+            values = rounded.to(tl.float32)
+            mean = tl.sum(values, axis=0) / width
+            centred = tl.where(inside, values - mean, 0.0)
+            factor = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / width + eps)
+            tl.store(normed + target * width + lane, (centred * factor).to(normed.dtype.element_ty), mask=inside)
+            tl.store(rstd + target, factor)
 
 
 @triton.jit
-def _gather_scaled(x, rows, scale, result, width, GATHER: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr):
-    target = tl.program_id(0).to(tl.int64)
-    source = tl.load(rows + target).to(tl.int64) if GATHER else target
+def _through_norm_kernel(
+    gradient,
+    by_normed,
+    normed,
+    rstd,
+    next_place,
+    total,
+    place,
+    scale,
+    by_made,
+    width,
+    ADD: tl.constexpr,
+    NORM: tl.constexpr,
+    SOME_NEXT: tl.constexpr,
+    GATHER: tl.constexpr,
+    SOME: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < width
-    values = tl.load(x + source * width + lane, mask=inside, other=0.0).to(tl.float32)
-    if SCALED:
-        values *= tl.load(scale + target)
-    tl.store(result + target * width + lane, values.to(result.dtype.element_ty), mask=inside)
+    values = tl.zeros((BLOCK,), tl.float32)
+    if ADD:
+        values = tl.load(gradient + row * width + lane, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        source = tl.load(next_place + row).to(tl.int64) if SOME_NEXT else row
+        if source >= 0:
+            by = tl.load(by_normed + source * width + lane, mask=inside, other=0.0).to(tl.float32)
+            seen = tl.load(normed + source * width + lane, mask=inside, other=0.0).to(tl.float32)
+            along = tl.sum(by * seen, axis=0) / width
+            mean = tl.sum(by, axis=0) / width
+            values += (by - mean - seen * along) * tl.load(rstd + source)
+    tl.store(total + row * width + lane, values.to(total.dtype.element_ty), mask=inside)
+    if GATHER:
+        target = tl.load(place + row).to(tl.int64) if SOME else row
+        if target >= 0:
+            if SCALED:
+                values *= tl.load(scale + target)
+            tl.store(by_made + target * width + lane, values.to(by_made.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -229,36 +328,65 @@ def _rotate_in_place(qkv, cosines, sines, heads, half, HEADS: tl.constexpr, HALF
 
 
 @triton.jit
-def _join_turned_back(by_q, by_k, by_v, cosines, sines, joined, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
-    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+def _join_turned_back(
+    by_q,
+    by_k,
+    by_v,
+    q_image,
+    q_head,
+    q_token,
+    k_image,
+    k_head,
+    k_token,
+    v_image,
+    v_head,
+    v_token,
+    cosines,
+    sines,
+    joined,
+    tokens,
+    heads,
+    half,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    image, token = row // tokens, row % tokens
     head, lane = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (lane < half)
-    cosine = tl.load(cosines + token * 2 * half + lane, mask=lane < half, other=0.0)
-    sine = tl.load(sines + token * 2 * half + lane, mask=lane < half, other=0.0)
-    source = token * heads * 2 * half + head * 2 * half + lane
-    target = joined + (token * 3 + part) * heads * 2 * half + head * 2 * half + lane
+    cosine = tl.load(cosines + row * 2 * half + lane, mask=lane < half, other=0.0)
+    sine = tl.load(sines + row * 2 * half + lane, mask=lane < half, other=0.0)
+    target = joined + (row * 3 + part) * heads * 2 * half + head * 2 * half + lane
     kind = joined.dtype.element_ty
     if part == 2:
-        tl.store(target, tl.load(by_v + source, mask=inside, other=0.0), mask=inside)
-        tl.store(target + half, tl.load(by_v + source + half, mask=inside, other=0.0), mask=inside)
+        source = by_v + image * v_image + head * v_head + token * v_token + lane
+        tl.store(target, tl.load(source, mask=inside, other=0.0), mask=inside)
+        tl.store(target + half, tl.load(source + half, mask=inside, other=0.0), mask=inside)
     else:
         if part == 0:
-            a = tl.load(by_q + source, mask=inside, other=0.0).to(tl.float32)
-            b = tl.load(by_q + source + half, mask=inside, other=0.0).to(tl.float32)
+            source = by_q + image * q_image + head * q_head + token * q_token + lane
         else:
-            a = tl.load(by_k + source, mask=inside, other=0.0).to(tl.float32)
-            b = tl.load(by_k + source + half, mask=inside, other=0.0).to(tl.float32)
+            source = by_k + image * k_image + head * k_head + token * k_token + lane
+        a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
         tl.store(target, (a * cosine + b * sine).to(kind), mask=inside)
         tl.store(target + half, (b * cosine - a * sine).to(kind), mask=inside)
 
 
-@triton.jit
-def _gelu_and_gradient(x, by_gelu, activated, by_x, count, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
+# The number of rows of the last block changes from step to step.
+@triton.jit(do_not_specialize=["count"])
+def _gelu_and_gradient(x, by_gelu, activated, by_x, sums, count, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    part = tl.program_id(0)
+    row = (part * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    lane = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = lane[None, :]
+    inside = (row < count) & (column < width)
+    place = row * width + column
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(by_gelu + place, mask=inside, other=0.0).to(tl.float32)
     below = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
     density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
+    through = gradient * (below + value * density)
     tl.store(activated + place, (value * below).to(activated.dtype.element_ty), mask=inside)
-    tl.store(by_x + place, (gradient * (below + value * density)).to(by_x.dtype.element_ty), mask=inside)
+    tl.store(by_x + place, through.to(by_x.dtype.element_ty), mask=inside)
+    tl.store(sums + part * width + lane, tl.sum(through, axis=0), mask=lane < width)

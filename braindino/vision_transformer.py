@@ -14,8 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from braindino.attention import BACKENDS, attention, choose_backend, split_and_rotate
-from braindino.fused_branch import Rows, add_branch_of_normed, fold_norm, fold_scale, turned_qkv
+from braindino.attention import BACKENDS, attention, attention_of_images, choose_backend, split_and_rotate
+from braindino.fused_branch import (
+    Following,
+    Rows,
+    add_branch,
+    fold_norm,
+    fold_scale,
+    mlp_of_normed,
+    normalize,
+    turned_qkv,
+)
 from braindino.last_block import Kept, plan_reading, read_last_block
 from braindino.lean_linear import gelu_linear, linear, norm_linear
 from braindino.own_kernels import own_kernels
@@ -193,9 +202,9 @@ class VisionTransformer(nn.Module):
         ``generator``: on the CPU, as the images that drop path leaves decide what is computed.
         """
         start = self._start(crops, masks, generator, draw_on=torch.device("cpu"))
-        x = start.x
-        for index, block in enumerate(self.blocks[:-1]):
-            x = self._run(block, x, start, index)
+        x, normed = start.x, None
+        for index in range(self.depth - 1):
+            x, normed = self._run(x, normed, start, index, follows=True)
         last = 2 * (self.depth - 1)
         plan = plan_reading(
             start.groups,
@@ -208,15 +217,11 @@ class VisionTransformer(nn.Module):
         block = self.blocks[-1]
         assert isinstance(block, Block)
         packing = start.packing
+        if packing.fused is not None and normed is None:
+            normed = normalize(x, plan.keys, eps=block.norm1.eps)
         rows = self.norm(
             read_last_block(
-                block,
-                x,
-                plan,
-                rope=packing.rope,
-                groups=packing.groups,
-                backend=packing.backend,
-                fused=packing.fused is not None,
+                block, x, plan, rope=packing.rope, groups=packing.groups, backend=packing.backend, normed=normed
             )
         )
         tokens = []
@@ -242,22 +247,34 @@ class VisionTransformer(nn.Module):
     ) -> tuple[dict[int, torch.Tensor], list[tuple[int, int]]]:
         """The packed tokens (T, D) after each of ``blocks``, and the groups (batch, tokens) they are laid in."""
         start = self._start(crops, masks, generator)
-        x, wanted = start.x, {}
-        for index, block in enumerate(self.blocks[: max(blocks, default=-1) + 1]):
-            x = self._run(block, x, start, index)
+        x, normed, wanted = start.x, None, {}
+        last = max(blocks, default=-1)
+        for index in range(last + 1):
+            x, normed = self._run(x, normed, start, index, follows=index < last)
             if index in blocks:
                 wanted[index] = x
         return wanted, start.groups
 
-    def _run(self, block: nn.Module, x: torch.Tensor, start: "_Start", index: int) -> torch.Tensor:
+    def _run(
+        self, x: torch.Tensor, normed: torch.Tensor | None, start: "_Start", index: int, *, follows: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens after a block. Fused blocks hand on what the norm of the next makes of them, if one ``follows``."""
+        block = cast(Block, self.blocks[index])
         subsets = start.subsets[2 * index], start.subsets[2 * index + 1]
-        # A fused block checkpoints for itself.
-        if self.checkpointing and torch.is_grad_enabled() and start.packing.fused is None:
+        if start.packing.fused is not None:
+            if normed is None:
+                normed = normalize(x, None if subsets[0] is None else subsets[0].rows, eps=block.norm1.eps)
+            following = None
+            if follows:
+                following = Following(start.subsets[2 * index + 2], cast(Block, self.blocks[index + 1]).norm1.eps)
+            # Called as a module, for the hooks of FSDP.
+            return cast(Any, block(x, start.packing, subsets, normed, following))
+        if self.checkpointing and torch.is_grad_enabled():
             # Drop path is drawn before the blocks, so that nothing random happens when one is computed again.
-            result = checkpoint(block, x, start.packing, *subsets, use_reentrant=False, preserve_rng_state=False)
+            result = checkpoint(block, x, start.packing, subsets, use_reentrant=False, preserve_rng_state=False)
             assert isinstance(result, torch.Tensor)
-            return result
-        return cast(torch.Tensor, block(x, start.packing, *subsets))
+            return result, None
+        return block(x, start.packing, subsets), None
 
     def _start(
         self,
@@ -395,29 +412,21 @@ class Block(nn.Module):
         self.ls2 = LayerScale(embed_dim)
 
     def forward(
-        self, x: torch.Tensor, packing: "_Packing", attn_subset: Rows | None, mlp_subset: Rows | None
-    ) -> torch.Tensor:
-        """(T, D) -> (T, D). A subset restricts its branch to some images; ``packing`` is what attention then sees."""
-        if packing.fused is not None:
-            into, attn_out = fold_norm(self.norm1, self.attn.qkv), fold_scale(self.attn.proj, self.ls1.gamma)
-            x = add_branch_of_normed(
-                x,
-                lambda normed: self.attn.of_normed(normed, packing, into=into, out=attn_out),
-                (*into, *attn_out),
-                subset=attn_subset,
-                eps=self.norm1.eps,
-                recompute=packing.fused,
-            )
-            hidden, mlp_out = fold_norm(self.norm2, self.mlp.fc1), fold_scale(self.mlp.fc2, self.ls2.gamma)
-            return add_branch_of_normed(
-                x,
-                lambda normed: gelu_linear(linear(normed, *hidden), *mlp_out),
-                (*hidden, *mlp_out),
-                subset=mlp_subset,
-                eps=self.norm2.eps,
-                recompute=packing.fused,
-            )
+        self,
+        x: torch.Tensor,
+        packing: "_Packing",
+        subsets: tuple[Rows | None, Rows | None],
+        normed: torch.Tensor | None = None,
+        following: Following | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """(T, D) -> (T, D). The subsets restrict the attention branch and the MLP to some images; ``packing`` is what
+        attention then sees.
 
+        With ``normed``, the tokens that the attention branch sees, normalised, by the kernels of ``fused_branch``:
+        then also returns those of the result that the branch after this block sees, if one is ``following``.
+        """
+        if normed is not None:
+            return self._fused(x, normed, packing, subsets, following)
         # Once for all pieces.
         attn_out, mlp_out = self.ls1.folded(self.attn.proj), self.ls2.folded(self.mlp.fc2)
 
@@ -429,14 +438,47 @@ class Block(nn.Module):
             return cast(torch.Tensor, self.mlp(rows, norm=self.norm2, out=mlp_out))
 
         if packing.pieces is None:
-            return _add_branch(_add_branch(x, attend, attn_subset), transform, mlp_subset)
+            return _add_branch(_add_branch(x, attend, subsets[0]), transform, subsets[1])
         for branch, modules, out, subset in (
-            (attend, (self.norm1, self.attn.qkv), attn_out, attn_subset),
-            (transform, (self.norm2, self.mlp.fc1), mlp_out, mlp_subset),
+            (attend, (self.norm1, self.attn.qkv), attn_out, subsets[0]),
+            (transform, (self.norm2, self.mlp.fc1), mlp_out, subsets[1]),
         ):
             parameters = [*(parameter for module in modules for parameter in module.parameters()), *out]
             x = add_in_pieces(x, branch, parameters, packing.pieces, rows=None if subset is None else subset.rows)
         return x
+
+    def _fused(
+        self,
+        x: torch.Tensor,
+        normed: torch.Tensor,
+        packing: "_Packing",
+        subsets: tuple[Rows | None, Rows | None],
+        following: Following | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert packing.fused is not None
+        into, out = fold_norm(self.norm1, self.attn.qkv), fold_scale(self.attn.proj, self.ls1.gamma)
+        x, for_mlp = add_branch(
+            x,
+            normed,
+            lambda seen: self.attn.of_normed(seen, packing, into=into, out=out),
+            (*into, *out),
+            subset=subsets[0],
+            eps=self.norm1.eps,
+            following=Following(subsets[1], self.norm2.eps),
+            recompute=packing.fused,
+        )
+        assert for_mlp is not None
+        first, second = fold_norm(self.norm2, self.mlp.fc1), fold_scale(self.mlp.fc2, self.ls2.gamma)
+        return add_branch(
+            x,
+            for_mlp,
+            lambda seen: mlp_of_normed(seen, first, second),
+            (*first, *second),
+            subset=subsets[1],
+            eps=self.norm2.eps,
+            following=following,
+            recompute=packing.fused,
+        )
 
 
 class SelfAttention(nn.Module):
@@ -467,11 +509,16 @@ class SelfAttention(nn.Module):
     ) -> torch.Tensor:
         """As forward, of tokens normalised before; the norm's weights are folded into the first map, ``into``."""
         # Groups that attention takes one by one need no common gradient of q, k and v put together first.
-        parts = [[group] for group in packing.groups] if packing.backend == "sdpa" else [packing.groups]
-        sizes = [sum(batch * tokens for batch, tokens in part) for part in parts]
-        qkv = turned_qkv(normed, *into, packing.rope, num_heads=self.num_heads, sizes=sizes)
-        seen = [attention(*qkv_part, part, backend=packing.backend) for qkv_part, part in zip(qkv, parts, strict=True)]
-        return linear((seen[0] if len(seen) == 1 else torch.cat(seen)).flatten(1), *out)
+        in_groups = packing.backend == "sdpa"
+        groups = packing.groups if in_groups else [(1, len(normed))]
+        parts = turned_qkv(normed, *into, packing.rope, num_heads=self.num_heads, groups=groups)
+        if in_groups:
+            outputs = [attention_of_images(*qkv).transpose(1, 2).flatten(0, 1) for qkv in parts]
+            seen = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        else:
+            q, k, v = (part[0].transpose(0, 1) for part in parts[0])
+            seen = attention(q, k, v, packing.groups, backend=packing.backend)
+        return linear(seen.flatten(1), *out)
 
 
 class Mlp(nn.Module):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from braindino.own_kernels import own_kernels
 from braindino.transfer import send
 
 BLUR_KERNEL = 9
@@ -80,27 +81,33 @@ def render_crops(slices: Tensor, crops: CropParameters, *, size: int, canvas_siz
     drawn = send(torch.stack([values.float() for values in crops]), slices.device)
     top, left, height, width, flip, sigma = drawn
     rows = resize_matrix(top, height, size=size, source_size=canvas_size)
-    columns = resize_matrix(left, width, size=size, source_size=canvas_size)
+    columns = resize_matrix(left, width, size=size, source_size=canvas_size, flip=flip)
     if canvas_size != source_size:
         whole = torch.full((1,), float(source_size), device=slices.device)
         to_canvas = resize_matrix(torch.zeros_like(whole), whole, size=canvas_size, source_size=source_size)
         rows, columns = rows @ to_canvas, columns @ to_canvas
     if crops.sigma.any():  # on the CPU, so that nothing waits
         rows, columns = blur_rows(rows, sigma), blur_rows(columns, sigma)
-    columns = torch.where(flip.bool()[:, None, None], columns.flip(1), columns)
     return (rows.to(slices.dtype) @ slices @ columns.to(slices.dtype).mT).unsqueeze(1)
 
 
-def resize_matrix(start: Tensor, length: Tensor, *, size: int, source_size: int) -> Tensor:
+def resize_matrix(start: Tensor, length: Tensor, *, size: int, source_size: int, flip: Tensor | None = None) -> Tensor:
     """Bicubic antialiased resampling of px [start, start + length) to `size` px: (n,) -> (n, size, source_size).
 
     Keys' kernel (a = -0.5), widened by length / size when shrinking; only pixels that the box touches have weight, and
     each row sums to 1: what torchvision does for resized_crop(..., BICUBIC, antialias=True) when borders are whole.
+    Where `flip` (n,) is not 0 the rows run backwards.
     """
+    if own_kernels(start.device):
+        from braindino.pretrain import augment_kernels
+
+        return augment_kernels.resize_matrix(start, length, flip, size=size, source_size=source_size)
     centers = torch.arange(source_size, device=start.device) + 0.5
-    outputs = torch.arange(size, device=start.device) + 0.5
+    outputs = (torch.arange(size, device=start.device) + 0.5).expand(len(start), size)
+    if flip is not None:
+        outputs = torch.where(flip.bool()[:, None], size - outputs, outputs)
     step = (length / size)[:, None, None]
-    target = start[:, None, None] + outputs[None, :, None] * step
+    target = start[:, None, None] + outputs[:, :, None] * step
     weights = _keys_kernel((centers - target) / step.clamp_min(1))
     first = start.floor()[:, None, None]
     last = (start + length).ceil()[:, None, None]

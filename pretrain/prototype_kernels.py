@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Columns of a row that a program holds at a time, and rows and columns of a tile where columns are summed up.
 ROW_BLOCK = 4096
-TILE_ROWS, TILE_COLUMNS = 32, 128
+TILE_ROWS, TILE_COLUMNS = 64, 64
 
 
 def row_statistics(scores: Tensor, offset: Tensor | None, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -118,8 +118,8 @@ _NOTHING = tl.constexpr(-1.0e30)
 def _row_statistics(scores, offset, log_norm, mean, num_columns, scale, HAS_OFFSET: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    # Each lane has a maximum, a sum and a weighted sum of its own; they meet at the end.
-    top = tl.full((BLOCK,), _NOTHING, tl.float32)
+    # One maximum for all lanes, which have a sum and a weighted sum each: one exponential a score.
+    top = _NOTHING
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_columns, BLOCK):
@@ -129,16 +129,14 @@ def _row_statistics(scores, offset, log_norm, mean, num_columns, scale, HAS_OFFS
         if HAS_OFFSET:
             z += tl.load(offset + column, mask=inside, other=0.0)
         z = tl.where(inside, z, _NOTHING)
-        higher = tl.maximum(top, z)
+        higher = tl.maximum(top, tl.max(z, axis=0))
         before, here = tl.exp(top - higher), tl.exp(z - higher)
         total = total * before + here
         weighted = weighted * before + here * z
         top = higher
-    highest = tl.max(top, axis=0)
-    factor = tl.exp(top - highest)
-    norm = tl.sum(total * factor, axis=0)
-    tl.store(log_norm + row, highest + tl.log(norm))
-    tl.store(mean + row, tl.sum(weighted * factor, axis=0) / norm)
+    norm = tl.sum(total, axis=0)
+    tl.store(log_norm + row, top + tl.log(norm))
+    tl.store(mean + row, tl.sum(weighted, axis=0) / norm)
 
 
 # The number of rows changes from step to step, and is not worth a compilation each time.
@@ -155,7 +153,7 @@ def _column_logsumexp(
     COLUMNS: tl.constexpr,
 ):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    top = tl.full((ROWS, COLUMNS), _NOTHING, tl.float32)
+    top = tl.full((COLUMNS,), _NOTHING, tl.float32)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, num_rows, ROWS):
         row = start + tl.arange(0, ROWS)
@@ -165,12 +163,10 @@ def _column_logsumexp(
         if HAS_MINUS:
             z -= tl.load(minus + row, mask=row < num_rows, other=0.0)[:, None]
         z = tl.where(inside, z, _NOTHING)
-        higher = tl.maximum(top, z)
-        total = total * tl.exp(top - higher) + tl.exp(z - higher)
+        higher = tl.maximum(top, tl.max(z, axis=0))
+        total = total * tl.exp(top - higher)[None, :] + tl.exp(z - higher[None, :])
         top = higher
-    highest = tl.max(top, axis=0)
-    norm = tl.sum(total * tl.exp(top - highest[None, :]), axis=0)
-    tl.store(result + column, highest + tl.log(norm), mask=column < num_columns)
+    tl.store(result + column, top + tl.log(tl.sum(total, axis=0)), mask=column < num_columns)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
