@@ -270,7 +270,14 @@ def test_the_page_names_no_other_address() -> None:
 
 def test_ctrl_c_ends_the_viewer_with_0(phantom) -> None:
     command = [sys.executable, "-m", "braindino.cli", "view", str(phantom.scan), "--no-browser"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+
+    # A shell's background jobs are started deaf to Ctrl-C, and what they start inherits that.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    with process:
         line = process.stdout.readline()
         port = int(re.fullmatch(r"view: http://127\.0\.0\.1:(\d+)/#[\w-]{43}\n", line)[1])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
