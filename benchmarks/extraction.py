@@ -16,11 +16,13 @@ of a volume besides its images.
 import argparse
 import contextlib
 import io
+import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,13 +50,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--jobs", type=int, default=1, help="loading threads")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="volumes of the second table's rows")
+    parser.add_argument("--json", type=Path, help="write the first table there, too")
     parser.add_argument("--quick", action="store_true", help="4 volumes, 16 slices; tables of up to 100")
     options = parser.parse_args()
     if options.quick:
-        options.volumes, options.num_slices = 4, 16
+        options.volumes, options.num_slices, options.sizes = 4, 16, SIZES[:2]
     with tempfile.TemporaryDirectory() as folder:
         beside_the_encoder(Path(folder), options)
-        by_size(Path(folder), options, sizes=SIZES[:2] if options.quick else SIZES)
+        if options.sizes:
+            by_size(Path(folder), options, sizes=options.sizes)
 
 
 def beside_the_encoder(folder: Path, options: argparse.Namespace) -> None:
@@ -92,6 +97,16 @@ def beside_the_encoder(folder: Path, options: argparse.Namespace) -> None:
     print(f"{options.volumes} volumes, {options.rounds} rounds; seconds a volume")
     print(f"{'bare encoder':>14} {'extract':>9} {'ratio':>7} {'preparation alone':>19}")
     print(f"{bare_side:14.3f} {whole:9.3f} {whole / bare_side:7.2f} {preparing:19.3f}", flush=True)
+    if options.json is not None:
+        rows = {
+            "bare encoder": {"seconds": bare_side, "rate": options.num_slices / bare_side},
+            "braindino extract": {
+                "seconds": whole,
+                "rate": options.num_slices / whole,
+                "note": f"{whole / bare_side:.2f} of the bare encoder; preparation alone {preparing:.3f} s",
+            },
+        }
+        options.json.write_text(json.dumps(rows))
 
 
 def by_size(folder: Path, options: argparse.Namespace, *, sizes: Sequence[int]) -> None:
@@ -122,13 +137,15 @@ def write_cohort(folder: Path, number: int) -> Path:
     prepared = folder / "prepared"
     index = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (192, 224, 176)), indexing="ij"), axis=-1)
     inside = np.linalg.norm(index / 0.8, axis=-1) < 1
-    scans = []
-    for one in range(number):
+
+    def write(one: int) -> Scan:
         data = np.where(inside, np.random.default_rng(one).integers(100, 900, inside.shape), 0)
         path = folder / f"s{one}.nii.gz"
         save_array(data, np.eye(4), path, dtype=np.int16)
-        scans.append(Scan(str(path), "noise", f"s{one}", sequence="T1"))
-    write_scans(prepared / "scans.tsv", scans)
+        return Scan(str(path), "noise", f"s{one}", sequence="T1")
+
+    with ThreadPoolExecutor() as pool:
+        write_scans(prepared / "scans.tsv", list(pool.map(write, range(number))))
     return prepared
 
 

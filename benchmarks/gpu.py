@@ -1,24 +1,40 @@
-"""All measurements of pretraining that need a GPU, in less than 10 minutes on an H100; one table, also in a file.
+"""All measurements that need a GPU, in less than 15 minutes on an H100; one table, also in a file.
 
     python benchmarks/gpu.py --out gpu.md [--dinov3 CHECKOUT --dinov3-python PATH] [--lightly-python PATH]
-    python benchmarks/gpu.py --out tiny.md --device cpu --tiny      whether the script itself runs
+    python benchmarks/gpu.py --out gpu.md --parts segmentation downstream     some groups of parts
+    python benchmarks/gpu.py --out gpu.md --only "gpu tests" loader           parts whose names hold one of these words
+    python benchmarks/gpu.py --out tiny.md --device cpu --tiny                whether the script itself runs
 
 Parts, each a process with a time limit of its own; one that fails or takes too long is a row that says so, its output
 is kept beside the table, and the others go on:
 
-    tests          pytest -m gpu
+pretrain
+
+    gpu tests      pytest -m gpu, the files that hold such tests
     step           ViT-B, 256 slices, drop path 0.2, the paper's first stage: eager and compiled
     beside others  plain at a batch that it fits with, ours at the same; DINOv3 and lightly-train where they are given
     stage 2        the five crop pairs, 56 slices, with activation checkpointing
     loader         slices/s from a store, without a GPU
 
+segmentation
+
+    training step  ViT-B, 49 slices: frozen, fusion fixed, fine-tuning, and nnU-Net's own network
+    prediction     a BraTS-sized case by nnUNetv2_predict and by ours, without and with mirroring
+    compiled step  frozen, and fine-tuning, through torch.compile, which nnU-Net switches on by itself
+
+downstream
+
+    extraction     braindino extract beside the bare ViT-B, 128 slices a volume
+
 Targets (H100): at least 700 images/s and less than 60 GB at 256 slices, 1.5 times the official step; the loader 700/s
-on 4 cores.
+on 4 cores. A frozen training step at most 0.8 of fine-tuning, with the fusion fixed 0.6; prediction 3 times as fast as
+stock with equal labels; extraction at most 1.1 of the bare encoder.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,8 +55,10 @@ class Part(NamedTuple):
     command: list[str]
     limit: float
     """Seconds."""
-    measures_step: bool = True
-    """Whether it is pretrain_step.py, which writes its figures to a file."""
+    writes_figures: bool = True
+    """Whether it takes ``--json FILE`` and writes there what its sides took; else its last line stands for it."""
+    unit: str = "a step"
+    """What the seconds are of."""
 
 
 def main() -> int:
@@ -48,6 +66,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="the table; OUT.log holds what the parts print")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="a step of seconds on a CPU instead of the paper's")
+    parser.add_argument("--parts", nargs="+", default=list(GROUPS), choices=GROUPS)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="parts of these whose names hold one of the words")
     parser.add_argument("--lightly-python", type=Path)
     parser.add_argument("--dinov3", type=Path)
     parser.add_argument("--dinov3-python", type=Path, default=Path(sys.executable))
@@ -58,12 +78,14 @@ def main() -> int:
     lines = [
         f"{device}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
         "",
-        "| part | side | s a step | images/s | peak, GB | |",
+        "| part | side | seconds | images/s | peak, GB | |",
         "|---|---|---|---|---|---|",
     ]
     failed = 0
     with tempfile.TemporaryDirectory() as folder, options.out.with_suffix(".log").open("w") as log:
-        for part in parts(options):
+        for part in (part for group in options.parts for part in GROUPS[group](options)):
+            if options.only and not any(word in part.name for word in options.only):
+                continue
             figures = Path(folder) / "figures.json"
             figures.unlink(missing_ok=True)
             rows, ok = run(part, figures, log)
@@ -75,7 +97,7 @@ def main() -> int:
     return int(failed > 0)
 
 
-def parts(options: argparse.Namespace) -> list[Part]:
+def pretrain_parts(options: argparse.Namespace) -> list[Part]:
     tiny = options.tiny
     size = ["--model", "vit_small" if tiny else "vit_base", "--prototypes", "512" if tiny else "65536"]
     timing = ["--device", options.device, "--warmup", "1" if tiny else "3", "--steps", "1" if tiny else "10"]
@@ -86,10 +108,11 @@ def parts(options: argparse.Namespace) -> list[Part]:
         *(["--lightly-python", str(options.lightly_python)] if options.lightly_python else []),
         *(["--dinov3", str(options.dinov3), "--dinov3-python", str(options.dinov3_python)] if options.dinov3 else []),
     ]
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(HERE.parent / "tests")]
+    files = (path for path in sorted((HERE.parent / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text())
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *map(str, files)]
     loader = [sys.executable, str(HERE / "loader.py"), "--workers", "4"]
     found = [
-        Part("gpu tests", tests, 90 * slow, measures_step=False),
+        Part("gpu tests", tests, 90 * slow, writes_figures=False),
         Part(f"step, batch {full}", [*step, "--batch", full, "--sides", "ours"], 45 * slow),
         Part(f"step compiled, batch {full}", [*step, "--batch", full, "--sides", "ours", "--compile"], 100 * slow),
         Part(f"beside others, batch {fitting}", [*step, "--batch", fitting, *others], 120 * slow),
@@ -99,42 +122,80 @@ def parts(options: argparse.Namespace) -> list[Part]:
         name = f"stage 2, {pair[0]} / {pair[1]} px, batch {stage2}"
         found.append(Part(name, [*step, "--batch", stage2, "--sides", "ours", *crops], 35 * slow))
     few = ["--slices", "256", "--batch", "32", "--batches", "4"] if tiny else []
-    return [*found, Part("loader, 4 workers", [*loader, *few], 40 * slow, measures_step=False)]
+    return [*found, Part("loader, 4 workers", [*loader, *few], 40 * slow, writes_figures=False)]
+
+
+def segmentation_parts(options: argparse.Namespace) -> list[Part]:
+    tiny, slow = options.tiny, 1 if options.device == "cuda" else 6
+    model, batch = ("vit_small", "1") if tiny else ("vit_base", "49")
+    step = [sys.executable, str(HERE / "segmentation_step.py"), "--model", model, "--batch", batch, "--rounds", "1"]
+    step += ["--steps", "1" if tiny else "10", "--sides"]
+    predict = [sys.executable, str(HERE / "segmentation_predict.py"), "--model", "vit_tiny" if tiny else model]
+    predict += ["--rounds", "1", "--network", "--device", options.device]
+    return [
+        Part(f"training step, batch {batch}", [*step, "frozen", "fixed", "finetune", "stock"], 100 * slow),
+        Part("prediction", predict, 90 * slow, unit="a case"),
+        Part("prediction mirrored", [*predict, "--mirroring"], 100 * slow, unit="a case"),
+        Part("compiled step, frozen", [*step, "frozen", "--compile"], 90 * slow),
+        Part("compiled step, fine-tuning", [*step, "finetune", "--compile"], 90 * slow),
+    ]
+
+
+def downstream_parts(options: argparse.Namespace) -> list[Part]:
+    extract = [sys.executable, str(HERE / "extraction.py"), "--encoder", "untrained:vit_base", "--jobs", "14"]
+    extract += ["--volumes", "16", "--num-slices", "128", "--rounds", "2", "--sizes", "100"]
+    if options.tiny:
+        extract = [sys.executable, str(HERE / "extraction.py"), "--quick", "--rounds", "1"]
+    extract += ["--device", "cuda:0" if options.device == "cuda" else "cpu"]
+    return [Part("extraction", extract, 90 if options.device == "cuda" else 600, unit="a volume")]
+
+
+GROUPS = {"pretrain": pretrain_parts, "segmentation": segmentation_parts, "downstream": downstream_parts}
 
 
 def run(part: Part, figures: Path, log) -> tuple[list[str], bool]:
     """Rows of the table, and whether the part ran."""
-    command = [*part.command, *(["--json", str(figures)] if part.measures_step else [])]
+    command = [*part.command, *(["--json", str(figures)] if part.writes_figures else [])]
     log.write(f"\n$ {' '.join(command)}\n")
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    # The folder of the call holds the sources of braindino, not the package with all its rooms.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONSAFEPATH": "1"}
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,  # so that what it has started ends with it
+    )
+    problem = ""
     try:
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=part.limit,
-            env=environment,
-            check=False,
-        )
-        output, code = done.stdout, done.returncode
-        problem = f"exit code {code}" if code else ""
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout.decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
+        output, _ = process.communicate(timeout=part.limit)
+        problem = f"exit code {process.returncode}" if process.returncode else ""
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
         problem = f"more than {part.limit:g} s"
-    log.write(output)
+    log.write(f"{output}\n({time.perf_counter() - start:.0f} s)\n")
     log.flush()
-    last = output.strip().splitlines()[-1] if output.strip() else ""
-    if part.measures_step and not problem:
-        sides = json.loads(figures.read_text())
-        wanted = [line.split(":")[0] for line in output.splitlines() if line.endswith(": could not run")]
-        rows = [
-            f"| {part.name} | {side} | {values['seconds']:.3f} | {values['rate']:.1f} | {values['peak_gb']:.1f} | |"
-            for side, values in sides.items()
-        ]
-        rows += [f"| {part.name} | {side} | | | | could not run, see the log |" for side in wanted]
-        return rows, not wanted
-    return [f"| {part.name} | | | | | {problem or last.strip()} |"], not problem
+    last = output.strip().splitlines()[-1].strip() if output.strip() else ""
+    if not figures.exists():
+        # One that ran says its figures in its last line.
+        return [f"| {part.name} | | | | | {problem or last} |"], not problem
+    rows = [
+        f"| {part.name} | {side} | {values['seconds']:.3f} {part.unit} | {number(values, 'rate')} | "
+        f"{number(values, 'peak_gb')} | {values.get('note', '')} |"
+        for side, values in json.loads(figures.read_text()).items()
+    ]
+    wanted = [line.split(":")[0] for line in output.splitlines() if line.endswith(": could not run")]
+    rows += [f"| {part.name} | {side} | | | | could not run, see the log |" for side in wanted]
+    if problem and not wanted:
+        rows.append(f"| {part.name} | | | | | {problem} |")
+    return rows, not (wanted or problem)
+
+
+def number(values: dict, key: str) -> str:
+    return f"{values[key]:.1f}" if key in values else ""
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/segmentation_step.py                    CPU: ViT-B, 4 slices of 256x256
     python benchmarks/segmentation_step.py --batch 49 --steps 20                      a GPU: the paper's setting
+    python benchmarks/segmentation_step.py --batch 49 --steps 20 --compile            the same through torch.compile
 
 Each side runs in a process of its own, on the same batches: four channels, three regions, nnU-Net's loss, its clip at
-norm 12, and float16 autocast on CUDA.
+norm 12, and on CUDA float16 autocast and cuDNN's choice of the fastest kernels. nnU-Net compiles networks on CUDA
+unless nnUNet_compile says otherwise. A side that fails is named last, and the others are measured.
 
     frozen     nnUNetTrainerBrainDINOFrozen
     fixed      nnUNetTrainerBrainDINOFrozenFixedFusion after its first epochs
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +45,8 @@ from nnunet_braindino.trainer_variants import FULL_TRAINERS
 SIDES = ("frozen", "fixed", "context", "finetune", "release", "stock")
 CHANNELS, REGIONS, SIZE = 4, 3, 256
 PLANNED_PATCH = (192, 160)  # of nnU-Net's planner for a BraTS 2021 fingerprint
+WARM_UP = {"cpu": 1, "cuda": 5}
+"""Steps that are not counted."""
 TIMM_NAMES = {"vit_small": "vit_small_patch16_dinov3", "vit_base": "vit_base_patch16_dinov3"}
 
 
@@ -157,11 +162,12 @@ def make_step(side: str, options: argparse.Namespace, device: torch.device) -> C
         targets = [F.interpolate(target, size=output.shape[2:], mode="nearest") for output in outputs]
     loss = build_loss(len(targets) if isinstance(targets, list) else 1)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+    called = torch.compile(network) if options.compile else network
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype=torch.float16, enabled=device.type == "cuda"):
-            objective = loss(network(images), targets)
+            objective = loss(called(images), targets)
         scaler.scale(objective).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(network.parameters(), 12)
@@ -172,11 +178,12 @@ def make_step(side: str, options: argparse.Namespace, device: torch.device) -> C
 
 
 def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
-    """Median of the steps after the first, in this process."""
+    """Median of the steps after those to warm up, in this process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True  # as nnU-Net's training
     step = make_step(side, options, device)
     seconds, processor = [], []
-    for _ in range(options.steps + 1):
+    for _ in range(WARM_UP[device.type] + options.steps):
         start, spent = time.perf_counter(), time.process_time()
         step()
         if device.type == "cuda":
@@ -187,38 +194,44 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
     return {
-        "seconds": statistics.median(seconds[1:]),
-        "processor": statistics.median(processor[1:]),
+        "seconds": statistics.median(seconds[-options.steps :]),
+        "processor": statistics.median(processor[-options.steps :]),
         "memory": memory / 1024**3,
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_base", choices=sorted(TIMM_NAMES))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the medians there, too")
     parser.add_argument("--one", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(options.one, options)))
-        return
+        return 0
     found: dict[str, list[dict[str, float]]] = {side: [] for side in options.sides}
     shared = ["--model", options.model, "--batch", str(options.batch), "--steps", str(options.steps)]
+    shared += ["--compile"] if options.compile else []
     for _ in range(options.rounds):
         for side in options.sides:
             done = subprocess.run(
-                [sys.executable, __file__, "--one", side, *shared], stdout=subprocess.PIPE, text=True, check=True
+                [sys.executable, __file__, "--one", side, *shared], stdout=subprocess.PIPE, text=True, check=False
             )
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+            if done.returncode == 0:
+                found[side].append(json.loads(done.stdout.splitlines()[-1]))
     medians = {
         side: {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
         for side, rounds in found.items()
+        if rounds
     }
     print(f"{options.model}, {options.batch} slices of {SIZE}x{SIZE}, {CHANNELS} channels, {REGIONS} regions; "
-          f"median of {options.rounds} rounds of {options.steps} steps, torch {torch.__version__}")  # fmt: skip
+          f"median of {options.rounds} rounds of {options.steps} steps, compiled {options.compile}, "
+          f"torch {torch.__version__}")  # fmt: skip
     print(f"{'side':<10} {'s':>7} {'cpu s':>7} {'GiB':>6}   of rounds: cpu s")
     for side, row in medians.items():
         spread = " ".join(f"{each['processor']:.2f}" for each in found[side])
@@ -228,7 +241,20 @@ def main() -> None:
             for side in (side for side in medians if side != reference):
                 ratios = [medians[side][key] / medians[reference][key] for key in ("seconds", "processor", "memory")]
                 print(f"{side} / {reference}: seconds {ratios[0]:.2f}, cpu {ratios[1]:.2f}, memory {ratios[2]:.2f}")
+    if options.json is not None:
+        rows = {
+            side: {
+                "seconds": row["seconds"],
+                "rate": options.batch / row["seconds"],
+                "peak_gb": row["memory"] * 1024**3 / 1e9,
+            }
+            for side, row in medians.items()
+        }
+        options.json.write_text(json.dumps(rows))
+    for side in (missing := [side for side in options.sides if side not in medians]):
+        print(f"{side}: could not run")
+    return int(bool(missing))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

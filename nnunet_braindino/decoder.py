@@ -51,11 +51,11 @@ class PatchDecoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         batch, height, width, _ = features.shape
         stages = [stage for stage in self.stages if isinstance(stage, DoublingStage)]
-        first, *maps = [stage.as_matrix() for stage in stages]
         assert self.to_logits.bias is not None
-        maps.append((self.to_logits.weight.flatten(1), self.to_logits.bias))
-        rows = F.linear(features.flatten(0, 2), *first)
-        for stage, (weight, bias) in zip(stages, maps, strict=True):
+        # torch.compile, which nnU-Net calls on GPUs, trips over a list that grows here.
+        maps = [*(stage.as_matrix() for stage in stages), (self.to_logits.weight.flatten(1), self.to_logits.bias)]
+        rows = F.linear(features.flatten(0, 2), *maps[0])
+        for stage, (weight, bias) in zip(stages, maps[1:], strict=True):
             rows = norm_gelu_linear(rows.view(-1, stage.num_channels), stage.norm, weight, bias)
         return _from_quadtree(rows, batch, height, width)
 

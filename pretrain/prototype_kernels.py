@@ -119,7 +119,7 @@ def _row_statistics(scores, offset, log_norm, mean, num_columns, scale, HAS_OFFS
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     # One maximum for all lanes, which have a sum and a weighted sum each: one exponential a score.
-    top = _NOTHING
+    top = tl.full([], _NOTHING, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_columns, BLOCK):
