@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--sides", nargs="+", default=["ours", "plain"], choices=SIDES)
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="ours by torch.compile instead of by its own kernels")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lightly-python", type=Path)
     parser.add_argument("--lightly-defaults", action="store_true", help="its shared head and moving centre")
@@ -378,7 +378,7 @@ def command_of(side: str, options: argparse.Namespace) -> list[str]:
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command += ["--device", "cuda" if cuda else "cpu"]
     if side == "dinov3":
-        return [*command, "--checkout", str(options.dinov3), *(["--compile"] if options.compile else [])]
+        return [*command, "--checkout", str(options.dinov3), *(["--compile"] if cuda else [])]  # its own default
     return [*command, *(["--lightly-defaults"] if options.lightly_defaults else [])]
 
 

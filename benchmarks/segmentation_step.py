@@ -5,8 +5,8 @@
     python benchmarks/segmentation_step.py --batch 49 --steps 20 --compile            the same through torch.compile
 
 Each side runs in a process of its own, on the same batches: four channels, three regions, nnU-Net's loss, its clip at
-norm 12, and on CUDA float16 autocast and cuDNN's choice of the fastest kernels. nnU-Net compiles networks on CUDA
-unless nnUNet_compile says otherwise. A side that fails is named last, and the others are measured.
+norm 12, and on CUDA float16 autocast and cuDNN's choice of the fastest kernels. nnU-Net compiles its own networks on
+CUDA; our trainers do not. A side that fails is named last, and the others are measured.
 
     frozen     nnUNetTrainerBrainDINOFrozen
     fixed      nnUNetTrainerBrainDINOFrozenFixedFusion after its first epochs

@@ -52,7 +52,7 @@ class PatchDecoder(nn.Module):
         batch, height, width, _ = features.shape
         stages = [stage for stage in self.stages if isinstance(stage, DoublingStage)]
         assert self.to_logits.bias is not None
-        # torch.compile, which nnU-Net calls on GPUs, trips over a list that grows here.
+        # torch.compile (2.11) trips over a list that grows here.
         maps = [*(stage.as_matrix() for stage in stages), (self.to_logits.weight.flatten(1), self.to_logits.bias)]
         rows = F.linear(features.flatten(0, 2), *maps[0])
         for stage, (weight, bias) in zip(stages, maps[1:], strict=True):

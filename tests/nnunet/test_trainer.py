@@ -185,6 +185,15 @@ def test_initialize_loads_the_frozen_weights_and_prints_what_is_trained(
     assert "patches [256, 256], batch size 49" in printed
 
 
+def test_networks_are_not_compiled_on_gpus_where_nnunet_would(
+    small_trainer: nnUNetTrainerBrainDINOFrozen, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("nnUNet_compile", raising=False)
+    small_trainer.device = torch.device("cuda")
+    assert nnUNetTrainer._do_i_compile(small_trainer)
+    assert not small_trainer._do_i_compile()
+
+
 def test_the_optimiser_trains_all_but_the_encoder_and_its_rate_falls_linearly_to_zero(
     small_trainer: nnUNetTrainerBrainDINOFrozen,
 ):
