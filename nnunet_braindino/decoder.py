@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from braindino.own_kernels import own_kernels
+
 HE_NEGATIVE_SLOPE = 1e-2  # nnU-Net initialises its Primus decoder for a leaky ReLU of this slope
 LAYER_NORM_EPS = 1e-6
 NUM_STAGES = 4
 CHUNK_VALUES = {"cpu": 2**20}
 """How many values of a map are normed at a time, by device: on a CPU what its caches hold."""
-OTHER_CHUNK_VALUES = 2**26
+OTHER_CHUNK_VALUES = 2**28
 MIN_CHUNK_ROWS = 4096
 
 
@@ -136,6 +138,11 @@ class _NormGeluLinear(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             weight, bias = weight.to(dtype), bias.to(dtype)
             for rows, part in zip(_chunks(x), _chunks(x, of=out), strict=True):
+                if _by_kernels(x):
+                    from nnunet_braindino.decoder_kernels import norm_gelu
+
+                    torch.addmm(bias, norm_gelu(rows, scale, shift, eps=eps, dtype=dtype), weight.T, out=part)
+                    continue
                 normed = F.layer_norm(rows.to(scale.dtype), scale.shape, scale, shift, eps)
                 part.copy_(F.linear(F.gelu(normed).to(dtype), weight, bias))
         return out
@@ -144,11 +151,21 @@ class _NormGeluLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, weight = ctx.saved_tensors
-        by_x = torch.empty_like(x)
+        by_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         by_scale, by_shift = torch.zeros_like(scale), torch.zeros_like(shift)
         by_weight = torch.zeros_like(weight)
         low_weight = weight.to(gradient.dtype)
         for rows, outer, inner in zip(_chunks(x), _chunks(x, of=gradient), _chunks(x, of=by_x), strict=True):
+            if _by_kernels(x):
+                from nnunet_braindino.decoder_kernels import norm_gelu_backward
+
+                activated, more_scale, more_shift = norm_gelu_backward(
+                    rows, outer @ low_weight, scale, shift, inner, eps=ctx.eps
+                )
+                by_weight += outer.T @ activated
+                by_scale += more_scale
+                by_shift += more_shift
+                continue
             wide = rows.to(scale.dtype)
             normed, mean, rstd = torch.native_layer_norm(wide, scale.shape, scale, shift, ctx.eps)
             by_weight += outer.T @ F.gelu(normed).to(outer.dtype)
@@ -160,6 +177,10 @@ class _NormGeluLinear(torch.autograd.Function):
             by_scale += more_scale
             by_shift += more_shift
         return by_x, by_scale, by_shift, None, by_weight, gradient.sum(dim=0, dtype=weight.dtype)
+
+
+def _by_kernels(x: Tensor) -> bool:
+    return own_kernels(x.device) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
 def _chunks(x: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -38,7 +38,17 @@ def one_thread():
 # Read by Triton when it is first imported, for the whole process: where there is a GPU its kernels are compiled.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-KERNEL_USERS = ("braindino.vision_transformer", "braindino.pretrain.prototypes", "braindino.pretrain.augment")
+KERNEL_USERS = (
+    "braindino.vision_transformer",
+    "braindino.pretrain.augment",
+    "braindino.pretrain.prototypes",
+    "nnunet_braindino.decoder",
+)
+    "nnunet_braindino.decoder",
+    "braindino.vision_transformer",
+    "braindino.pretrain.prototypes",
+    "braindino.pretrain.augment",
+)
 
 
 @pytest.fixture

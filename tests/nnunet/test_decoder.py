@@ -29,8 +29,12 @@ def random_decoder(embed_dim: int = 48, num_classes: int = 3) -> PatchDecoder:
     return decoder
 
 
-@pytest.mark.parametrize("rows_at_a_time", [7, 1_000_000])
-def test_values_and_gradients_are_those_of_the_plain_layers(rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("rows_at_a_time", "kernels"), [(7, False), (1_000_000, False), (700, True)])
+def test_values_and_gradients_are_those_of_the_plain_layers(
+    request, rows_at_a_time: int, kernels: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if kernels:
+        request.getfixturevalue("interpreted_kernels")
     monkeypatch.setitem(decoder_module.CHUNK_VALUES, "cpu", 1)
     monkeypatch.setattr(decoder_module, "MIN_CHUNK_ROWS", rows_at_a_time)
     decoder = random_decoder()
@@ -45,6 +49,27 @@ def test_values_and_gradients_are_those_of_the_plain_layers(rows_at_a_time: int,
         torch.autograd.grad(ours, wanted, outer), torch.autograd.grad(plain, wanted, outer), strict=True
     ):
         torch.testing.assert_close(found / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [False, True])
+def test_on_a_gpu_values_and_gradients_are_those_of_the_plain_layers(half: bool):
+    """At widths and numbers of pixels that fill many programs, the last of them in part."""
+    decoder = random_decoder(embed_dim=192)
+    features = torch.randn(3, 7, 5, 4 * 192)
+    wanted = [features.requires_grad_(), *decoder.parameters()]
+    plain = plain_layers(decoder, features)
+    outer = torch.randn_like(plain)
+    expected = torch.autograd.grad(plain, wanted, outer)
+    decoder.cuda()
+    there = features.detach().cuda().requires_grad_()
+    with torch.autocast("cuda", dtype=torch.float16, enabled=half):
+        ours = decoder(there)
+    tolerance = 0.02 if half else 1e-4
+    assert (ours.cpu() - plain).norm() < tolerance * plain.norm()
+    found = torch.autograd.grad(ours, [there, *decoder.parameters()], outer.cuda().to(ours.dtype))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.cpu() - other).norm() < tolerance * other.norm()
 
 
 def test_gradients_are_exact_in_double_precision():
