@@ -142,7 +142,7 @@ def segmentation_parts(options: argparse.Namespace) -> list[Part]:
 
 def downstream_parts(options: argparse.Namespace) -> list[Part]:
     extract = [sys.executable, str(HERE / "extraction.py"), "--encoder", "untrained:vit_base", "--jobs", "14"]
-    extract += ["--volumes", "16", "--num-slices", "128", "--rounds", "2", "--sizes", "100"]
+    extract += ["--volumes", "48", "--num-slices", "128", "--rounds", "2", "--sizes", "100"]
     if options.tiny:
         extract = [sys.executable, str(HERE / "extraction.py"), "--quick", "--rounds", "1"]
     extract += ["--device", "cuda:0" if options.device == "cuda" else "cpu"]

@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small", choices=sorted(ARCHITECTURES))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sides", nargs="+", default=["stock", "ours"], choices=SIDES)
+    parser.add_argument("--sides", nargs="*", default=["stock", "ours"], choices=SIDES)
     parser.add_argument("--mirroring", action="store_true")
     parser.add_argument("--network", action="store_true", help="stock and ours without what surrounds the network, too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -189,7 +189,7 @@ def main() -> None:
         if options.network:
             alone = time_network(model, folder / "images", **where, rounds=options.rounds)
             rows = {f"{side}, network alone": {"seconds": seconds} for side, seconds in alone.items()}
-        if options.device == "cuda":
+        if options.device == "cuda" and options.sides:
             run("ours", model, folder / "images", folder / "first", **where)
         for _ in range(options.rounds):
             for side in options.sides:
@@ -211,8 +211,9 @@ def main() -> None:
         )
     if options.json is not None:
         options.json.write_text(json.dumps(rows))
-    values, counts = np.unique(labels[options.sides[0]], return_counts=True)
-    print("labels:", dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    for side in options.sides[:1]:
+        values, counts = np.unique(labels[side], return_counts=True)
+        print("labels:", dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
 
 if __name__ == "__main__":

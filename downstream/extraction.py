@@ -95,8 +95,9 @@ def encode_scans(encoder: VolumeEncoder, scans: Sequence[Scan], work: Work) -> I
     size = _volumes_per_call(work.meta.num_slices, work.batch_size)
     autocast = torch.autocast(encoder.device.type, torch.bfloat16, enabled=work.meta.precision == "bfloat16")
     writing: deque[tuple[Scan, Future[None]]] = deque()
+    threads = torch.get_num_threads()
     with (
-        ThreadPoolExecutor(work.jobs, initializer=_use_device, initargs=(encoder.device,)) as loaders,
+        ThreadPoolExecutor(work.jobs, initializer=_start_loader, initargs=(encoder.device, work.jobs)) as loaders,
         ThreadPoolExecutor(1) as writer,
     ):
         try:
@@ -118,6 +119,7 @@ def encode_scans(encoder: VolumeEncoder, scans: Sequence[Scan], work: Work) -> I
                 yield _written(*writing.popleft())
         finally:
             loaders.shutdown(wait=False, cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 def encode_on(devices: Sequence[str], scans: Sequence[Scan], work: Work) -> Iterator[Scan]:
@@ -189,6 +191,13 @@ def _end_with_parent() -> None:
     assert parent is not None
     connection.wait([parent.sentinel])
     os._exit(1)
+
+
+def _start_loader(device: torch.device, jobs: int) -> None:
+    _use_device(device)
+    if device.type == "cuda":
+        # By itself each would share its work out to all cores, and stand in the way of the others.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 
 def _use_device(device: torch.device) -> None:

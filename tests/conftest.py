@@ -44,11 +44,6 @@ KERNEL_USERS = (
     "braindino.pretrain.prototypes",
     "nnunet_braindino.decoder",
 )
-    "nnunet_braindino.decoder",
-    "braindino.vision_transformer",
-    "braindino.pretrain.prototypes",
-    "braindino.pretrain.augment",
-)
 
 
 @pytest.fixture
