@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -97,6 +98,22 @@ def build_loader(reader: BatchReader, iterations: range, *, num_workers: int, pi
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),
     )
+
+
+@contextmanager
+def reading(loader: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
+    """The loader's batches; at the end of the block its readers are gone.
+
+    They ignore signals, and a daemon that does cannot be ended when Python exits: it would wait for them for ever.
+    """
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        # Without readers there is nothing to end. Torch has no other name for it, and waits for its collector.
+        end = getattr(batches, "_shutdown_workers", None)
+        if end is not None:
+            end()
 
 
 def _ignore_signals(_worker: int) -> None:

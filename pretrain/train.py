@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from braindino.pretrain.config import (
     overlay,
     read_config_file,
 )
-from braindino.pretrain.data import Batch, BatchReader, build_loader, split_batch
+from braindino.pretrain.data import BatchReader, build_loader, reading, split_batch
 from braindino.pretrain.demo_data import make_demo_store
 from braindino.pretrain.distillation import (
     build_student,
@@ -310,7 +310,7 @@ def pretrain(config: PretrainConfig, stopwatch: Stopwatch | None = None, *, reci
         )
         student.train()
         last_logged, last_time = start, time.perf_counter()
-        batches: Iterator[Batch] = iter(loader)
+        batches = stack.enter_context(reading(loader))
         if stopwatch is not None:
             batches = stopwatch.watch(batches, device)
         elif processes.is_main:

@@ -1,11 +1,14 @@
 """Reading the slices of an iteration, here or in other processes."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
 
 from braindino.manifest import Scan
 from braindino.pretrain.data import BatchReader, build_loader
+from braindino.pretrain.data import reading as reading_from
 from braindino.pretrain.sampling import SliceSampler
 from braindino.slice_store import SliceStore, SliceStoreWriter
 
@@ -73,3 +76,16 @@ def test_worker_processes_deliver_what_the_main_process_would_read(store: SliceS
     for iteration, batch in zip(range(3, 9), loader, strict=True):
         assert torch.equal(batch.slices, reader[iteration].slices)
         assert torch.equal(batch.masks, reader[iteration].masks)
+
+
+def test_readers_that_ignore_signals_are_gone_once_reading_ends_before_its_end(store: SliceStore) -> None:
+    """Else Python would wait for them when it exits."""
+    loader = build_loader(reader_of(store), range(100), num_workers=2, pin_memory=False)
+    with reading_from(loader) as batches:
+        first = next(batches)
+        readers = set(multiprocessing.active_children())
+        assert len(readers) >= 2
+    assert first.slices.shape[0] and batches is not None
+    assert not readers & set(multiprocessing.active_children())
+    with reading_from(build_loader(reader_of(store), range(3), num_workers=0, pin_memory=False)) as batches:
+        assert len(list(batches)) == 3
