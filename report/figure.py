@@ -17,7 +17,9 @@ from braindino.encoders.catalogue import load_volume_encoder
 from braindino.manifest import SEQUENCES
 from braindino.patch_maps import (
     AxialSlice,
+    SlicePoint,
     axial_labels,
+    points_in_labels,
     points_of_patches,
     reference_points,
     similarity_panels,
@@ -188,7 +190,12 @@ class Similarity(Figure):
     encoders: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=ENCODER")]
     """Encoders as for `braindino extract`, each with the name that the figure gives it."""
     labels: Path | None = None
-    """Tumour segmentation on any grid: its largest slice is shown, and one point lies in it."""
+    """Segmentation on any grid: the slice with most of it is shown, and one point lies in it."""
+    tissues: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=LABEL[,LABEL]")] = ()
+    """Points: the innermost pixel of each of these parts of --labels, instead of those found by rule."""
+    points: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=ROW,COLUMN")] = ()
+    """Points at these pixels of the slice, which has 256 x 256, row 0 anterior and column 0 the patient's right; with
+    or instead of --tissues."""
     slice: int | None = None
     """Of the standardised volume's 256, from the bottom; by default the tumour's largest, or the middle."""
     sequence: str | None = None
@@ -205,8 +212,11 @@ class Similarity(Figure):
             encoders[name] = load_volume_encoder(encoder, device="cpu")
         volume = load_volume(self.scan)
         cube = standardize(volume)
-        axial, tumour = _slice_to_show(cube, self.labels, self.slice)
-        points = points_of_patches(reference_points(axial.image, POINT_PATCH, tumour), POINT_PATCH)
+        axial, labels = _slice_to_show(cube, self.labels, self.slice)
+        points = [*_points_in_tissues(self.tissues, labels), *_points_given(self.points, axial.image.shape)]
+        if not points:
+            rule = reference_points(axial.image, POINT_PATCH, None if labels is None else labels > 0)
+            points = [*points_of_patches(rule, POINT_PATCH)]
         panels = similarity_panels(encoders, volume, axial, points, sequence=self.sequence)
         return representation_figures.similarity_figure(panels, title=f"{self.scan.name}, axial slice {axial.index}")
 
@@ -325,14 +335,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _slice_to_show(cube: Volume, labels: Path | None, index: int | None) -> tuple[AxialSlice, np.ndarray | None]:
-    tumour = None
+    """And the labels (rows, columns) on it, if any were given."""
+    on_slice = None
     if labels is not None:
         data, affine = load_labels(labels)
         if not data.any():
             raise ValueError(f"{labels}: no voxel is labelled; expected a tumour, or leave --labels out")
         index = tumour_slice(data > 0, affine, cube.affine, cube.shape[2]) if index is None else index
-        tumour = axial_labels(data, affine, cube.affine, index, cube.shape) > 0
-    return AxialSlice.of(cube, cube.shape[2] // 2 if index is None else index), tumour
+        on_slice = axial_labels(data, affine, cube.affine, index, cube.shape)
+    return AxialSlice.of(cube, cube.shape[2] // 2 if index is None else index), on_slice
+
+
+def _points_in_tissues(tissues: Sequence[str], labels: np.ndarray | None) -> tuple[SlicePoint, ...]:
+    if not tissues:
+        return ()
+    if labels is None:
+        raise ValueError("--tissues: they are parts of a segmentation; give it as --labels")
+    names = {}
+    for text in tissues:
+        name, _, numbers = text.partition("=")
+        try:
+            names[name] = [int(number) for number in numbers.split(",")]
+        except ValueError:
+            raise ValueError(f"--tissues: found {text!r}; expected NAME=LABEL[,LABEL], such as tumour=1,2,4") from None
+    return points_in_labels(labels, names)
+
+
+def _points_given(points: Sequence[str], shape: tuple[int, ...]) -> list[SlicePoint]:
+    found = []
+    for text in points:
+        name, _, place = text.partition("=")
+        row, _, column = place.partition(",")
+        try:
+            point = SlicePoint(name, float(row), float(column))
+        except ValueError:
+            raise ValueError(f"--points: found {text!r}; expected NAME=ROW,COLUMN, such as CSF=120,96") from None
+        if not (0 <= point.row <= shape[0] - 1 and 0 <= point.column <= shape[1] - 1):
+            raise ValueError(f"--points: {text} lies beside the slice, which has {shape[0]} x {shape[1]} pixels")
+        found.append(point)
+    return found
 
 
 def _image_of(images: Path, case: str, channel: int) -> Path:

@@ -676,3 +676,54 @@ def test_wrong_inputs_are_named_with_what_was_expected(ratio_task, tmp_path, cap
     assert (re.search(message, error) and str(tmp_path) in error) or "found" in error
     assert re.search(message, error)
     assert not (tmp_path / "out.pdf").exists()
+
+
+@pytest.fixture(scope="module")
+def labelled_scan(tmp_path_factory) -> tuple[str, str]:
+    """An ellipsoid of 4 mm voxels with two parts on its middle slice, and its labels: paths."""
+    folder = tmp_path_factory.mktemp("labelled")
+    index = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (40, 48, 36)), indexing="ij"), axis=-1)
+    inside = np.linalg.norm(index / 0.9, axis=-1) < 1
+    values = np.where(inside, 200 + 100 * index[..., 0] + 50 * np.sin(9 * index[..., 1]), 0)
+    labels = np.zeros(values.shape, dtype=np.int16)
+    labels[8:14, 20:26, 18] = 1
+    labels[24:32, 20:24, 18] = 2
+    labels[24:32, 24:28, 18] = 3
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    save_array(values, affine, folder / "scan.nii.gz", dtype=np.float32)
+    save_array(labels, affine, folder / "labels.nii.gz", dtype=np.int16)
+    return str(folder / "scan.nii.gz"), str(folder / "labels.nii.gz")
+
+
+def test_points_of_similarity_are_found_by_rule_in_tissues_or_where_one_says(labelled_scan, tmp_path):
+    scan, labels = labelled_scan
+    encoders = ["--encoders", "random=untrained:vit_tiny"]
+
+    def points_of(*arguments: str) -> list[str]:
+        assert figure.main(["similarity", scan, *encoders, *arguments, "--out", str(tmp_path / "f")]) == 0
+        with (tmp_path / "f.tsv").open() as handle:
+            return list(dict.fromkeys(row["point"] for row in csv.DictReader(handle, delimiter="\t")))
+
+    assert points_of("--labels", labels) == ["tumour", "darkest", "brightest"]
+    both = ["--tissues", "left part=1", "right part=2,3", "--points", "mine=100,120.5"]
+    assert points_of("--labels", labels, *both) == ["left part", "right part", "mine"]
+    assert points_of("--points", "here=128,128") == ["here"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tissues", "CSF=1"], r"--tissues: they are parts of a segmentation; give it as --labels"),
+        (["--labels", "{labels}", "--tissues", "CSF"], r"--tissues: found 'CSF'; expected NAME=LABEL"),
+        (["--labels", "{labels}", "--tissues", "CSF=9"], r"CSF: no pixel of this slice has label 9; found 0, 1, 2, 3"),
+        (["--points", "CSF=120"], r"--points: found 'CSF=120'; expected NAME=ROW,COLUMN"),
+        (["--points", "CSF=120,256"], r"--points: CSF=120,256 lies beside the slice, which has 256 x 256 pixels"),
+        (["--points", "CSF=nan,3"], r"--points: CSF=nan,3 lies beside the slice"),
+    ],
+)
+def test_wrong_points_of_similarity_are_named(labelled_scan, tmp_path, capsys, arguments, message):
+    scan, labels = labelled_scan
+    given = [text.format(labels=labels) for text in arguments]
+    command = ["similarity", scan, "--encoders", "random=untrained:vit_tiny", *given, "--out", str(tmp_path / "f")]
+    assert figure.main(command) == 1
+    assert re.search(message, capsys.readouterr().err)
