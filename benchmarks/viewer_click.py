@@ -26,6 +26,8 @@ class Config:
     """A skull-stripped NIfTI file."""
     encoder: str = "untrained:vit_base"
     """As for `braindino view`."""
+    wait: float = 2.0
+    """Seconds between the opening of the scan and the first click."""
     num_slices: int = 12
     """Slices to click on."""
 
@@ -53,12 +55,13 @@ def main() -> None:
         assert "map" in content, content
         return time.perf_counter() - start, len(answer)
 
+    time.sleep(config.wait)
     first, size = click([x, y, z], z)
     layers = [z + 1 + number for number in range(config.num_slices)]
     on_new_slices = [click([x, y, layer], layer)[0] for layer in layers]
     again = [click([x + step, y - step, z], z)[0] for step in range(1, 21)]
     print(f"{facts['shape']} voxels, {encoder['name']}: answers of {size / 1000:.0f} kB")
-    print(f"first map of the scan, with its preparation: {first:.2f} s")
+    print(f"first map of the scan, {config.wait:g} s after it was opened: {first:.2f} s")
     print(f"first click on a slice: median {median(on_new_slices):.2f} s, fastest {min(on_new_slices):.2f} s")
     print(f"further clicks: median {1000 * median(again):.0f} ms, fastest {1000 * min(again):.0f} ms")
     server.shutdown()

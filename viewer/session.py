@@ -60,6 +60,7 @@ class Session:
             ValueError, OSError: its files cannot be used.
         """
         opened = self.shelf.open(key)
+        self.planes.prepare(opened)
         scan = opened.volume
         low, high = opened.window()
         seen = np.argwhere(opened.brain.data != 0) if opened.brain.data.any() else np.zeros((1, 3))

@@ -7,6 +7,7 @@ brain, is related to that by affines alone: see ``braindino.patch_maps``, whose 
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -119,6 +120,18 @@ class TokenPlanes:
         self._slices: BoundedCache[EncodedSlice] = BoundedCache(max_bytes, lambda each: each.num_bytes)
         self._planes: BoundedCache[TokenPlane] = BoundedCache(max_bytes, lambda each: each.features.nbytes)
         self._grids: BoundedCache[TokenGrid] = BoundedCache(max_bytes, lambda each: each.features.nbytes)
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._preparing: Future[Prepared] | None = None
+
+    def prepare(self, opened: OpenScan) -> None:
+        """Begin with what the first click on a scan would wait for: what the first encoder is shown of it.
+
+        Returns at once; a click in the meantime waits for the rest. What goes wrong is told to who clicks.
+        """
+        if self._preparing is not None:
+            self._preparing.cancel()
+        for loaded in list(self.encoders.values())[:1]:
+            self._preparing = self._ahead.submit(self._input, loaded, opened)
 
     def similarity(
         self,

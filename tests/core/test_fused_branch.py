@@ -49,12 +49,15 @@ def gradients(model: VisionTransformer, tokens: torch.Tensor) -> dict[str, torch
 
 
 PASSES = pytest.mark.parametrize("run", [read_tokens, all_tokens])
-OPTIONS = pytest.mark.parametrize("options", [{}, {"drop_path": 0.4}, {"qkv_bias": True}], ids=str)
+OPTIONS = pytest.mark.parametrize(
+    ("options", "checkpointing"),
+    [({}, False), ({"drop_path": 0.4}, False), ({"drop_path": 0.4}, True), ({"qkv_bias": True}, False)],
+    ids=["every token", "drop path", "drop path, computed again", "qkv bias"],
+)
 
 
 @PASSES
 @OPTIONS
-@pytest.mark.parametrize("checkpointing", [False, True])
 def test_kernels_give_the_values_and_gradients_of_the_plain_formulation(request, run, options, checkpointing) -> None:
     plain = encoder(**options)
     expected = run(plain)

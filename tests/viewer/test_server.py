@@ -316,3 +316,35 @@ def test_numbers_of_a_map_survive_the_way(client, phantom) -> None:
     assert [columns[x], rows[y]] == answer["reference"]
     assert answer["grid"][columns[x]][rows[y]] == 1.0
     assert values[0, 0] == -2, "no brain in the corner"
+
+
+def test_opening_a_scan_prepares_what_the_first_click_would_wait_for(phantom, tiny_encoder, monkeypatch) -> None:
+    prepared = threading.Event()
+    prepare_planes = tiny_encoder.encoder.prepare_planes
+    calls = []
+
+    def prepare(*arguments, **options):
+        calls.append(threading.current_thread().name)
+        made = prepare_planes(*arguments, **options)
+        prepared.set()
+        return made
+
+    monkeypatch.setattr(tiny_encoder.encoder, "prepare_planes", prepare)
+    session = Session(ScanShelf([given_source(phantom.scan, mask=None, segmentation=None)]), [tiny_encoder], {})
+    session.scan_facts("given")
+    assert prepared.wait(timeout=60)
+    question = {"scan": "given", "encoder": tiny_encoder.key, "block": 0, "voxel": list(phantom.voxel)}
+    session.similarity(question | {"layer": phantom.voxel[2]})
+    assert len(calls) == 1 and calls[0].startswith("prepare")
+
+
+def test_a_scan_that_the_encoder_has_no_use_for_is_told_of_at_the_click(phantom, tiny_encoder, monkeypatch) -> None:
+    def refuse(*arguments, **options):
+        raise ValueError("not for this encoder")
+
+    monkeypatch.setattr(tiny_encoder.encoder, "prepare_planes", refuse)
+    session = Session(ScanShelf([given_source(phantom.scan, mask=None, segmentation=None)]), [tiny_encoder], {})
+    session.scan_facts("given")
+    question = {"scan": "given", "encoder": tiny_encoder.key, "block": 0, "voxel": list(phantom.voxel)}
+    with pytest.raises(ValueError, match="not for this encoder"):
+        session.similarity(question | {"layer": phantom.voxel[2]})
