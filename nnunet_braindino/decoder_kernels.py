@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_VALUES = 4096  # of a program at a time
+TILE_VALUES = 2048  # of a program at a time
 TILES = 8  # that a program sums the gradients of weight and bias over
 
 
@@ -102,8 +102,9 @@ def _norm_gelu_backward(
     column = lane[None, :]
     gain = tl.load(scale + column, mask=column < width, other=0.0)
     offset = tl.load(shift + column, mask=column < width, other=0.0)
-    by_scale = tl.zeros((BLOCK,), tl.float32)
-    by_shift = tl.zeros((BLOCK,), tl.float32)
+    # Summed over the rows of a tile at the end only: to do it for each tile its threads would wait for each other.
+    by_scale = tl.zeros((ROWS, BLOCK), tl.float32)
+    by_shift = tl.zeros((ROWS, BLOCK), tl.float32)
     for tile in range(TILES):
         row = ((part * TILES + tile) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         inside = (row < count) & (column < width)
@@ -118,12 +119,12 @@ def _norm_gelu_backward(
         tl.store(activated + place, (y * below).to(activated.dtype.element_ty), mask=inside)
         outer = tl.load(by_activated + place, mask=inside, other=0.0).to(tl.float32)
         through = outer * (below + y * 0.3989422804014327 * tl.exp(-0.5 * y * y))
-        by_scale += tl.sum(through * normed, axis=0)
-        by_shift += tl.sum(through, axis=0)
+        by_scale += through * normed
+        by_shift += through
         inner = through * gain
         level = tl.sum(inner, axis=1)[:, None] / width
         along = tl.sum(inner * normed, axis=1)[:, None] / width
         result = (inner - level - normed * along) * factor
         tl.store(by_x + place, result.to(by_x.dtype.element_ty), mask=inside)
-    tl.store(sums + part * width + lane, by_scale, mask=lane < width)
-    tl.store(sums + (parts + part) * width + lane, by_shift, mask=lane < width)
+    tl.store(sums + part * width + lane, tl.sum(by_scale, axis=0), mask=lane < width)
+    tl.store(sums + (parts + part) * width + lane, tl.sum(by_shift, axis=0), mask=lane < width)

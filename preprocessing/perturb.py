@@ -274,7 +274,9 @@ def find_rows(options: PerturbOptions) -> list[Row]:
             scan = scans.get(str(path))
             subject = "" if scan is None else _subject(path, scan)
             row = _row(path.relative_to(source), scan, subject, options.unperturbed)
-            if row.status == "perturbed" and listed is not None and subject not in listed:
+            # A label map whose subject is known goes where its scans go.
+            of_subject = row.status == "perturbed" or (row.status == "copied" and scan is not None)
+            if of_subject and listed is not None and subject not in listed:
                 row = Row(file=row.file, status="left", reason="other_subject: not on the list of --subjects")
             rows.append(row)
     if not any(row.status == "perturbed" for row in rows):

@@ -248,6 +248,9 @@ def test_only_the_listed_subjects_are_perturbed(bids, tmp_path):
         "sub-02/anat/sub-02_T1w.nii.gz"
     ]
     assert not (out / "clean" / "sub-01" / "anat" / "sub-01_T1w.nii.gz").exists()
+    # Nor anything else of a subject that is not listed: a label map without its scan helps nobody.
+    assert {row["subject"] for row in rows_of(out).values()} == {"", "study/sub-02"}
+    assert not list((out / "clean").rglob("sub-01*.nii.gz"))
     (tmp_path / "others.txt").write_text("elsewhere/sub-02\n")
     assert run(bids, tmp_path / "none", "--subjects", tmp_path / "others.txt") == 1
 
