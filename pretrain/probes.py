@@ -4,8 +4,9 @@ A scan is the mean of the features of some of its slices, as in the paper (sec. 
 every store has for free; others come from label tables. Scans of half of the subjects are a memory, those of the other
 half are asked; or those asked are named, and kept out of training. The class of a scan is the one that most of its
 nearest neighbours in the memory have (cosine; among classes with equally many, the larger summed similarity, paper sec.
-4.6); a number is their mean. Beside each answer stand the same question asked of raw intensities, and the floor: always
-saying what is most frequent in the memory, or its median.
+4.6); a number is their mean. Asked are the CLS token, and the mean of the patch tokens, which learn before it. Beside
+each answer stand the same question asked of raw intensities, and the floor: always saying what is most frequent in the
+memory, or its median.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -131,23 +132,26 @@ class KnnProbe:
             raise NothingToAskError("; ".join(self.unasked))
 
     def measure(self, encoder: VisionTransformer, device: torch.device) -> dict[str, float]:
-        """What the encoder's CLS features reach in each question, both references, and the mean cosine distance to the
-        nearest neighbour, as rows of metrics name them.
+        """What the encoder's features reach in each question (CLS token; ``_patches``: mean of the patch tokens),
+        both references, and the mean cosine distance of CLS tokens to the nearest neighbour, as rows of metrics name
+        them.
 
         The encoder is left in the mode in which it came; no random number is drawn.
         """
         training = encoder.training
         encoder.eval()
         with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            features = torch.cat([encoder(part.to(device).float()).cls.float() for part in self._slices.split(_BATCH)])
+            tokens = (encoder(part.to(device).float()) for part in self._slices.split(_BATCH))
+            both = [(part.cls.float(), part.patches.float().mean(dim=1)) for part in tokens]
         encoder.train(training)
-        features = self._by_scan(features.cpu())
+        features, of_patches = (self._by_scan(torch.cat(parts).cpu()) for parts in zip(*both, strict=True))
         row: dict[str, float] = {}
         for question in self.questions:
             answer, distance = self._answer(question, features)
             row.setdefault("probe_neighbour_distance", distance)
             row |= {
                 f"probe_{question.name}": answer,
+                f"probe_{question.name}_patches": self._answer(question, of_patches)[0],
                 f"probe_{question.name}_intensity": question.intensity,
                 f"probe_{question.name}_floor": question.floor,
             }

@@ -63,11 +63,20 @@ def _panel(draw: Callable[..., None], rows: Rows, *arguments: Any) -> Callable[[
     return lambda axes: draw(axes, rows, *arguments)
 
 
-def _line(axes: Axes, rows: Rows, name: str, *, scale: float = 1.0, label: str = "", color: str | None = None) -> None:
+def _line(
+    axes: Axes,
+    rows: Rows,
+    name: str,
+    *,
+    scale: float = 1.0,
+    label: str = "",
+    color: str | None = None,
+    width: float | None = None,
+) -> None:
     """One column of the rows that have it."""
     points = [(row["iteration"], row[name] * scale) for row in rows if name in row]
     label = label or name.replace("_", " ")
-    axes.plot(*np.array(points).T, marker="." if len(points) < 30 else "", label=label, color=color)
+    axes.plot(*np.array(points).T, marker="." if len(points) < 30 else "", label=label, color=color, linewidth=width)
 
 
 def _draw_cross_entropies(axes: Axes, rows: Rows, log_k: float) -> None:
@@ -149,14 +158,19 @@ def _draw_errors(axes: Axes, rows: Rows, names: Sequence[str]) -> None:
 
 
 def _draw_answers(axes: Axes, rows: Rows, names: Sequence[str]) -> None:
-    """Each answer over time, with what raw intensities (dashed) and the floor (dotted) reach in its colour."""
+    """Each answer over time, of the CLS token and (thin) the patch tokens, with what raw intensities (dashed) and the
+    floor (dotted) reach in its colour."""
     for number, name in enumerate(names):
         color = f"C{number}"
         _line(axes, rows, name, label=name.split("_", 2)[2], color=color)
+        # Runs that began before patch tokens were asked have rows without them.
+        if (of_patches := f"{name}_patches") in rows[-1]:
+            label = f"{name.split('_', 2)[2]}, patch tokens" if len(names) == 1 else "_"
+            _line(axes, rows, of_patches, label=label, color=color, width=0.7)
         for reference, style in (("intensity", "--"), ("floor", ":")):
             label = reference if len(names) == 1 else "_"
             axes.axhline(rows[-1][f"{name}_{reference}"], color=color, linestyle=style, linewidth=1, label=label)
 
 
 def _is_answer(name: str) -> bool:
-    return not name.endswith(("_intensity", "_floor"))
+    return not name.endswith(("_patches", "_intensity", "_floor"))

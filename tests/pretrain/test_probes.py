@@ -41,14 +41,16 @@ def store(tmp_path_factory) -> Path:
 
 
 class Planted(torch.nn.Module):
-    """CLS features that are a function of the image."""
+    """CLS features, and patch tokens, that are a function of the image."""
 
-    def __init__(self, function) -> None:
+    def __init__(self, function, of_patches=None) -> None:
         super().__init__()
-        self.function = function
+        self.function, self.of_patches = function, of_patches or function
 
     def forward(self, x: torch.Tensor) -> Tokens:
-        return Tokens(self.function(x), torch.empty(0), torch.empty(0))
+        patches = self.of_patches(x)
+        # Two tokens that differ, with this mean.
+        return Tokens(self.function(x), torch.empty(0), torch.stack([patches + 1, patches - 1], dim=1))
 
 
 def probe_of(store: Path, **options) -> KnnProbe:
@@ -65,6 +67,19 @@ def test_features_that_tell_the_sequence_are_always_right_and_noise_is_at_chance
     generator = torch.Generator().manual_seed(0)
     noise = probe.measure(Planted(lambda x: torch.randn(len(x), 8, generator=generator)), cpu)
     assert 0.0 < noise["probe_knn_sequence"] < 1.0 and noise["probe_neighbour_distance"] > 0
+    assert planted["probe_knn_sequence_patches"] == 1.0
+
+
+def test_the_mean_of_the_patch_tokens_is_asked_beside_the_cls_token(store) -> None:
+    generator = torch.Generator().manual_seed(0)
+    row = probe_of(store).measure(
+        Planted(
+            lambda x: torch.randn(len(x), 8, generator=generator),
+            lambda x: x.mean(dim=(1, 2, 3))[:, None] * torch.tensor([[1.0, 0.5]]),
+        ),
+        torch.device("cpu"),
+    )
+    assert row["probe_knn_sequence"] < row["probe_knn_sequence_patches"] == 1.0
 
 
 def test_memory_and_questions_share_no_subject_and_slices_are_of_the_middle_half(store) -> None:
