@@ -47,7 +47,8 @@ OTHER_FORMATS = (
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 
 _NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-_BIDS_NAME = re.compile(r"sub-[A-Za-z0-9+]+(?:_[A-Za-z]+-[A-Za-z0-9+.]+)*_(?P<suffix>[A-Za-z0-9]+)")
+# A suffix of digits is none of BIDS but a channel of nnU-Net, whose cases may be called as in BIDS.
+_BIDS_NAME = re.compile(r"sub-[A-Za-z0-9+]+(?:_[A-Za-z]+-[A-Za-z0-9+.]+)*_(?P<suffix>[A-Za-z][A-Za-z0-9]*)")
 _SEPARATORS = re.compile(r"[-_.\s]+")
 
 

@@ -273,6 +273,16 @@ def test_nnunet_images_share_the_field_of_their_case_and_labels_stay(tmp_path, m
     assert rows_of(tmp_path / "images")["CASE_01_0001.nii.gz"]["subject"] == "imagesTs/CASE_01"
 
 
+def test_nnunet_cases_may_be_called_as_in_bids(tmp_path, make_phantom):
+    """As those of `braindino nnunet convert-bids` are."""
+    for channel in range(2):
+        make_phantom(channel).save(tmp_path / "imagesTs" / f"sub-0003_ses-1_000{channel}.nii.gz")
+    assert run(tmp_path / "imagesTs", tmp_path / "out") == 0
+    rows = rows_of(tmp_path / "out")
+    assert {(row["status"], row["subject"]) for row in rows.values()} == {("perturbed", "imagesTs/sub-0003_ses-1")}
+    assert len(rows) == 2
+
+
 def test_what_is_no_nifti_is_to_be_converted_first(tmp_path, capsys):
     (tmp_path / "dicom").mkdir()
     (tmp_path / "dicom" / "1.dcm").write_bytes(b"\0" * 128 + b"DICM")
