@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from braindino.lean_linear import gradients_of_weights, plain_linear
+from braindino.lean_linear import gradients_of_weights, plain_linear, product_dtype
 
 
 class Rows(NamedTuple):
@@ -100,12 +100,6 @@ def mlp_of_normed(normed: Tensor, first: tuple[Tensor, Tensor], second: tuple[Te
     """Linear, GELU, linear of (T, D); each map a weight and a bias."""
     result: Tensor = _Mlp.apply(normed, *first, *second)
     return result
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In which matrix products of x are computed: autocast's precision where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _FoldNorm(torch.autograd.Function):

@@ -16,6 +16,12 @@ from torch.autograd.function import once_differentiable
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which matrix products of x are computed: autocast's precision where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` of rows x (T, D)."""
     if not torch.is_grad_enabled():

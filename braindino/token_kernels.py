@@ -3,7 +3,7 @@
 At 200,000 tokens these passes, not the products, are what a block would wait for: gathering the rows that drop path
 leaves, normalising, rounding, turning q and k, scaling, adding. Each kernel reads its input once and writes its result
 once, computes in float32 and allocates nothing else. Triton programs; in its interpreter they run on a CPU, slowly,
-which is how they are compared with the plain formulation (tests/core/test_token_kernels.py).
+which is how they are compared with the plain formulation (tests/core/test_fused_branch.py).
 """
 
 from typing import NamedTuple

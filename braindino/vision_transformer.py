@@ -26,7 +26,7 @@ from braindino.fused_branch import (
     turned_qkv,
 )
 from braindino.last_block import Kept, plan_reading, read_last_block
-from braindino.lean_linear import gelu_linear, linear, norm_linear
+from braindino.lean_linear import gelu_linear, linear, norm_linear, product_dtype
 from braindino.own_kernels import own_kernels
 from braindino.pieces import Piece, add_in_pieces, divide
 from braindino.transfer import send
@@ -293,13 +293,12 @@ class VisionTransformer(nn.Module):
         p = self.patch_size
         tables = [self.rope_embed(crop.shape[-2] // p, crop.shape[-1] // p, prefix) for crop in crops]
         # Autocast turns q, k, v to half precision inside the blocks, so the kernel is chosen for that dtype.
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         backend = self.attention
         if backend == "auto":
-            backend = choose_backend(x.device, dtype, num_groups=len(groups))
+            backend = choose_backend(x.device, product_dtype(x), num_groups=len(groups))
 
         plain = not self._compiled and not torch.compiler.is_compiling()
-        fused = plain and own_kernels(x.device) and x.dtype != torch.float64
+        fused = plain and own_kernels(x)
         subsets: list[Rows | None] = [None] * (2 * self.depth)
         attended, orders = groups, None
         if self.training and self.drop_path > 0:

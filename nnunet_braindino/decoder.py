@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from braindino.lean_linear import product_dtype
 from braindino.own_kernels import own_kernels
 
 HE_NEGATIVE_SLOPE = 1e-2  # nnU-Net initialises its Primus decoder for a leaky ReLU of this slope
@@ -130,15 +131,14 @@ class _NormGeluLinear(torch.autograd.Function):
     def forward(  # noqa: PLR0917
         ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = product_dtype(x)
         ctx.save_for_backward(x, scale, shift, weight)
         ctx.eps = eps
         out = x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             weight, bias = weight.to(dtype), bias.to(dtype)
             for rows, part in zip(_chunks(x), _chunks(x, of=out), strict=True):
-                if _by_kernels(x):
+                if own_kernels(x):
                     from nnunet_braindino.decoder_kernels import norm_gelu
 
                     torch.addmm(bias, norm_gelu(rows, scale, shift, eps=eps, dtype=dtype), weight.T, out=part)
@@ -156,7 +156,7 @@ class _NormGeluLinear(torch.autograd.Function):
         by_weight = torch.zeros_like(weight)
         low_weight = weight.to(gradient.dtype)
         for rows, outer, inner in zip(_chunks(x), _chunks(x, of=gradient), _chunks(x, of=by_x), strict=True):
-            if _by_kernels(x):
+            if own_kernels(x):
                 from nnunet_braindino.decoder_kernels import norm_gelu_backward
 
                 activated, more_scale, more_shift = norm_gelu_backward(
@@ -177,10 +177,6 @@ class _NormGeluLinear(torch.autograd.Function):
             by_scale += more_scale
             by_shift += more_shift
         return by_x, by_scale, by_shift, None, by_weight, gradient.sum(dim=0, dtype=weight.dtype)
-
-
-def _by_kernels(x: Tensor) -> bool:
-    return own_kernels(x.device) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
 def _chunks(x: Tensor, of: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -98,7 +98,7 @@ def resize_matrix(start: Tensor, length: Tensor, *, size: int, source_size: int,
     each row sums to 1: what torchvision does for resized_crop(..., BICUBIC, antialias=True) when borders are whole.
     Where `flip` (n,) is not 0 the rows run backwards.
     """
-    if own_kernels(start.device):
+    if own_kernels(start):
         from braindino.pretrain import augment_kernels
 
         return augment_kernels.resize_matrix(start, length, flip, size=size, source_size=source_size)

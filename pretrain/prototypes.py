@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from braindino.lean_linear import linear
+from braindino.lean_linear import linear, product_dtype
 from braindino.own_kernels import own_kernels
 
 # Scores of one piece, student's and teacher's together: the products of a piece must fill the device, and each reads
@@ -112,7 +112,7 @@ def sinkhorn_offset(
 def _column_sums(products: Tensor, offset: Tensor | None, temperature: float) -> Tensor:
     """(K,) logarithms of the sums over the rows (N, K) of exp(products / temperature), the rows scaled to sum to 1
     together with the offset; without one they are not scaled."""
-    if own_kernels(products.device):
+    if own_kernels(products):
         from braindino.pretrain.prototype_kernels import column_logsumexp, row_statistics
 
         norms = None if offset is None else row_statistics(products, offset, scale=1 / temperature)[0]
@@ -178,7 +178,7 @@ class _PrototypeLoss(torch.autograd.Function):
             for piece in _pieces(num_rows, per_row * weight.element_size(), student.device):
                 scores = _products(student[:, piece], weight)
                 teacher_scores = _products(features[:, piece], teacher_weight)
-                compare = _compare_in_kernels if own_kernels(student.device) else _compare_in_strips
+                compare = _compare_in_kernels if own_kernels(student) else _compare_in_strips
                 rows[:, piece], entropy[:, piece] = compare(
                     scores, teacher_scores, teacher, targets, weights[:, piece], temperature, usage
                 )
@@ -287,8 +287,7 @@ def _products(features: Tensor, weight: Tensor) -> Tensor:
 
 def _as_computed(prototypes: Tensor) -> Tensor:
     """The prototypes in the precision of matrix products: autocast does not reach into an autograd function."""
-    device = prototypes.device.type
-    return prototypes.detach().to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else prototypes
+    return prototypes.detach().to(product_dtype(prototypes))
 
 
 def _pieces(num_rows: int, bytes_per_row: int, device: torch.device) -> Iterator[slice]:

@@ -108,7 +108,7 @@ def test_in_half_precision_the_residual_stays_whole(interpreted_kernels) -> None
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_only_cuda_devices_have_kernels_and_the_reason_is_told(device: str) -> None:
-    assert not kernels.own_kernels(torch.device(device))
+    assert not kernels.own_kernels(torch.empty(1, device=device))
     assert kernels.explain(torch.device(device)) == f"own kernels on {device}: no ({device} is no CUDA device)"
 
 
