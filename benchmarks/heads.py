@@ -5,12 +5,11 @@
 Ours: `train_many_heads`, all 150 heads. The other sides: `one by one`, a torch.nn.Sequential with torch.optim.Adam per
 head on the same features, all threads on one head at a time, some of the 150 heads timed and scaled up; and
 `re-encoding`, no features kept: every volume goes through the encoder at every epoch, as in the release of the paper (8
-epochs, 128 slices a volume), forward time of ViT-B on a few slices times their number, an extrapolation. Wall and
-processor seconds. `--quick` times a few heads on both sides and scales ours up as well.
+epochs, 128 slices a volume), forward time of ViT-B on a few slices times their number, an extrapolation. `--quick`
+times a few heads on both sides, in one process, and scales ours up as well.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 
@@ -65,19 +64,19 @@ def main() -> None:
         forward = timed(lambda: encoder(slices))
     visits = sum(map(len, subsets)) * RELEASE_EPOCHS + len(subsets) * NUM_SUBJECTS // NUM_FOLDS
     rows = {
-        "ours" + (" (scaled up)" if arguments.quick else ""): scaled(ours, len(subsets) / len(chosen)),
-        "one by one (scaled up)": scaled(naive, len(subsets) / len(some)),
-        "re-encoding (extrapolated)": scaled(forward, visits * SLICES_PER_VOLUME / count),
+        "ours" + (" (scaled up)" if arguments.quick else ""): ours * len(subsets) / len(chosen),
+        "one by one (scaled up)": naive * len(subsets) / len(some),
+        "re-encoding (extrapolated)": forward * visits * SLICES_PER_VOLUME / count,
     }
     print(
         f"{len(subsets)} heads, {training.steps} steps of {training.batch_size}, {arguments.threads} threads, torch "
         f"{torch.__version__}; timed: {len(chosen)} heads of ours, {len(some)} one by one, {count} slices of "
         f"{SLICE_SIZE} x {SLICE_SIZE}"
     )
-    print(f"{'':28s} {'wall s':>12s} {'processor s':>12s} {'wall, ours = 1':>15s}")
+    print(f"{'':28s} {'seconds':>12s} {'ours = 1':>12s}")
     first = next(iter(rows.values()))
-    for name, (wall, processor) in rows.items():
-        print(f"{name:28s} {wall:12.1f} {processor:12.1f} {wall / first[0]:15.1f}")
+    for name, seconds in rows.items():
+        print(f"{name:28s} {seconds:12.1f} {seconds / first:12.1f}")
 
 
 def sweep(rng: np.random.Generator) -> list[np.ndarray]:
@@ -108,15 +107,11 @@ def train_alone(features: np.ndarray, classes: np.ndarray, rows: np.ndarray, tra
     return probabilities
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and processor seconds, those of finished child processes among them."""
-    wall, processor = time.perf_counter(), sum(os.times()[:4])
+def timed(work: Callable[[], object]) -> float:
+    """Wall seconds."""
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - wall, sum(os.times()[:4]) - processor
-
-
-def scaled(seconds: tuple[float, float], factor: float) -> tuple[float, float]:
-    return seconds[0] * factor, seconds[1] * factor
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

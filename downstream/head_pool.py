@@ -1,8 +1,8 @@
 """Many heads in several processes, with progress.
 
-A step of a head is some thirty short operations, and after each of them the threads of one process wait for each other
-in Python; processes do not (``benchmarks/RESULTS.md``). A process takes seconds to start, so a few heads are trained
-where they are asked for.
+A step of a head is some twenty short operations, and after each of them the threads of one process wait for each other
+in Python; processes do not (``benchmarks/RESULTS.md``). They are forked off a process that has imported what they need,
+and nothing else, so that this takes two seconds once and not in each. A few heads are trained where they are asked for.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ import torch
 from braindino.downstream.heads import Head, Training, check_heads, check_queries, of_each_head, train_heads
 from braindino.progress import track
 
-STEPS_WORTH_A_PROCESS = 20_000
+STEPS_WORTH_A_PROCESS = 5_000
 HEADS_AT_A_TIME = 4
 
 # Of a worker process: what all its heads have in common.
@@ -39,7 +39,7 @@ def train_many_heads(
     """As ``train_heads``, the same numbers bit by bit: on a CPU by as many processes as torch has threads, where there
     is work enough for each.
 
-    The processes are started afresh, so a script that calls this needs ``if __name__ == "__main__":``.
+    The processes import the script that calls this, which hence needs ``if __name__ == "__main__":``.
 
     Raises:
         ValueError: as ``train_heads``.
@@ -57,7 +57,8 @@ def train_many_heads(
     blocks = [slice(start, start + HEADS_AT_A_TIME) for start in range(0, len(seeds), HEADS_AT_A_TIME)]
     num_rows = len(features) + sum(map(len, queries))
     outputs = np.empty((len(seeds), num_rows, num_outputs), dtype=np.float32)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(asked,)) as pool:
         done = pool.map(_train, *([parts[block] for block in blocks] for parts in (own, subsets, seeds)))
         try:

@@ -2,7 +2,8 @@
 
 LayerNorm without its gain and bias is a constant of the data, so it is computed once, before training. What a step
 costs is its passes over arrays as large as the weights (2 MB for the paper's head): three products, of which each reads
-or writes one such array once, and the optimiser.
+or writes one such array once, and the optimiser. All that a step computes has its place from step to step: memory that
+is new in every step costs as much as what is written into it.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ class HeadStack:
         self.gradient = torch.zeros_like(self.flat)
         self.parameters = _views(self.flat, shapes)
         self.gradients = _views(self.gradient, shapes)
+        self._room: dict[str, Tensor] = {}
         self.parameters["gain"].fill_(1)
         self.parameters["bias"].zero_()
         for index, seed in enumerate(seeds):
@@ -80,27 +82,35 @@ class HeadStack:
             loss_gradient: of outputs (M, B, K), with respect to them.
             kept: (M, B, width or D) dropout's factors, 0 or 1 / (1 - p).
         """
-        p, g = self.parameters, self.gradients
-        inner = scaled = torch.addcmul(p["bias"], normalised, p["gain"])
+        p, g, room = self.parameters, self.gradients, self._room_for(normalised.shape[1])
+        inner = scaled = torch.addcmul(p["bias"], normalised, p["gain"], out=room["scaled"])
         if "hidden_weight" in p:
-            before = torch.baddbmm(p["hidden_bias"], scaled, p["hidden_weight"])
-            inner = torch.nn.functional.gelu(before)
+            before = torch.baddbmm(p["hidden_bias"], scaled, p["hidden_weight"], out=room["before"])
+            inner = torch.ops.aten.gelu.out(before, out=room["inner"])
         if kept is not None:
-            inner = inner * kept
-        at_outputs = loss_gradient(torch.baddbmm(p["output_bias"], inner, p["output_weight"]))
+            inner = torch.mul(inner, kept, out=room["inner"])
+        at_outputs = loss_gradient(torch.baddbmm(p["output_bias"], inner, p["output_weight"], out=room["outputs"]))
         torch.bmm(inner.mT, at_outputs, out=g["output_weight"])
         torch.sum(at_outputs, dim=1, keepdim=True, out=g["output_bias"])
-        at_inner = at_outputs @ p["output_weight"].mT
+        at_scaled = at_inner = torch.bmm(at_outputs, p["output_weight"].mT, out=room["at_inner"])
         if kept is not None:
             at_inner *= kept
-        at_scaled = at_inner
         if "hidden_weight" in p:
-            at_hidden = torch.ops.aten.gelu_backward(at_inner, before)
+            at_hidden = torch.ops.aten.gelu_backward.grad_input(at_inner, before, grad_input=room["inner"])
             torch.bmm(scaled.mT, at_hidden, out=g["hidden_weight"])
             torch.sum(at_hidden, dim=1, keepdim=True, out=g["hidden_bias"])
-            at_scaled = at_hidden @ p["hidden_weight"].mT
-        torch.sum(at_scaled * normalised, dim=1, keepdim=True, out=g["gain"])
+            at_scaled = torch.bmm(at_hidden, p["hidden_weight"].mT, out=room["scaled"])
         torch.sum(at_scaled, dim=1, keepdim=True, out=g["bias"])
+        torch.sum(at_scaled.mul_(normalised), dim=1, keepdim=True, out=g["gain"])
+
+    def _room_for(self, batch: int) -> dict[str, Tensor]:
+        """For what ``backward`` computes of ``batch`` cases; ``inner`` and ``scaled`` serve again on the way back."""
+        if not self._room or self._room["inner"].shape[1] != batch:
+            inner, outputs = self.parameters["output_weight"].shape[1:]
+            widths = dict.fromkeys(("before", "inner", "at_inner"), inner)
+            widths |= {"scaled": self.parameters["gain"].shape[-1], "outputs": outputs}
+            self._room = {name: self.flat.new_empty(len(self.flat), batch, width) for name, width in widths.items()}
+        return self._room
 
 
 def _views(flat: Tensor, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:

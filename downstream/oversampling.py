@@ -1,7 +1,6 @@
 """Synthetic cases of the smaller classes (SMOTE; paper sec. 4.3.2, PPMI), made of training cases alone."""
 
 import numpy as np
-from imblearn.over_sampling import SMOTE
 
 NEIGHBOURS = 5
 
@@ -21,6 +20,9 @@ def oversample(features: np.ndarray, classes: np.ndarray, *, seed: int, whose: s
     Raises:
         ValueError: a class has a single case, which has no neighbour.
     """
+    # Where it is used: every process that trains heads would wait more than a second for it.
+    from imblearn.over_sampling import SMOTE
+
     names, counts = np.unique(classes, return_counts=True)
     if counts.min() < 2:
         raise ValueError(

@@ -9,6 +9,7 @@ page can send; no path comes from a URL, every address is looked up in a table.
 import hmac
 import json
 import secrets
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -103,6 +104,11 @@ class ViewServer(ThreadingHTTPServer):
             super().__init__((HOST, port), _Handler)
         except OSError as error:
             raise OSError(f"port {port}: {error.strerror}; give another --port, or 0 for any that is free") from error
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tells of what failed, but not of a page that was closed while an answer was on its way."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -282,12 +283,37 @@ def test_ctrl_c_ends_the_viewer_with_0(phantom) -> None:
         port = int(re.fullmatch(r"view: http://127\.0\.0\.1:(\d+)/#[\w-]{43}\n", line)[1])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
         connection.request("GET", "/")
-        assert connection.getresponse().status == 200
+        response = connection.getresponse()
+        assert (response.status, len(response.read()) > 0) == (200, True)
         connection.close()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
     assert out.endswith("view: ended\n")
+
+
+def wait_for_the_answers() -> None:
+    for thread in threading.enumerate():
+        if "process_request_thread" in thread.name:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def test_a_page_that_is_closed_amid_an_answer_is_no_error_to_tell_and_other_errors_are(client, capsys) -> None:
+    port = client.server.server_port
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as page:
+            # Closed like a tab: what was not read yet is refused (RST), not waited for.
+            page.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            page.sendall(f"GET /niivue.umd.js HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+            assert page.recv(16) == b"HTTP/1.1 200 OK\r\n"[:16]
+    wait_for_the_answers()
+    assert capsys.readouterr().err == ""
+    try:
+        raise ZeroDivisionError("planted")
+    except ZeroDivisionError:
+        client.server.handle_error(None, ("127.0.0.1", 1))
+    assert "ZeroDivisionError: planted" in capsys.readouterr().err
 
 
 def test_two_runs_have_two_tokens(phantom_session) -> None:
