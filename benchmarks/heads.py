@@ -92,7 +92,8 @@ def sweep(rng: np.random.Generator) -> list[np.ndarray]:
 def train_alone(features: np.ndarray, classes: np.ndarray, rows: np.ndarray, training: Training) -> np.ndarray:
     """Class probabilities of all subjects by one head of torch's own layers, optimiser and backward pass."""
     width = Head().hidden_width
-    head = nn.Sequential(nn.LayerNorm(NUM_FEATURES), nn.Linear(NUM_FEATURES, width), nn.GELU(), nn.Linear(width, 2))
+    norm = nn.LayerNorm(NUM_FEATURES, elementwise_affine=False)
+    head = nn.Sequential(norm, nn.Linear(NUM_FEATURES, width), nn.GELU(), nn.Linear(width, 2))
     optimiser = torch.optim.Adam(head.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     x, y = torch.from_numpy(features), torch.from_numpy(classes)
     own = torch.from_numpy(rows)

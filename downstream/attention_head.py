@@ -7,14 +7,17 @@ from torch import Tensor, nn
 class AttentionHead(nn.Module):
     """Weights softmax(w . LN(x_s)) of the slices x_s, their weighted mean, and the head of pooled features on it.
 
-    w starts at zero: training starts from the plain mean, the paper's pooling.
+    w starts at zero: training starts from the plain mean, the paper's pooling. As in ``HeadStack``, LayerNorm has no
+    gain and bias: what follows holds both.
     """
 
     def __init__(self, *, num_features: int, hidden_width: int, num_outputs: int) -> None:
         super().__init__()
-        self.slice_norm = nn.LayerNorm(num_features)
+        self.slice_norm = nn.LayerNorm(num_features, elementwise_affine=False)
         self.query = nn.Parameter(torch.zeros(num_features))
-        self.hidden = nn.Sequential(nn.LayerNorm(num_features), nn.Linear(num_features, hidden_width), nn.GELU())
+        self.hidden = nn.Sequential(
+            nn.LayerNorm(num_features, elementwise_affine=False), nn.Linear(num_features, hidden_width), nn.GELU()
+        )
         self.output = nn.Linear(hidden_width, num_outputs)
 
     def weights(self, features: Tensor, mask: Tensor | None = None) -> Tensor:

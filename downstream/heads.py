@@ -40,9 +40,10 @@ class Head:
     """What stands on the frozen features."""
 
     kind: Literal["mlp", "linear", "logistic", "attention"] = "mlp"
-    """``mlp``: LayerNorm-Linear-GELU-Linear (paper sec. 4.3). ``linear``: LayerNorm-Linear. ``logistic``: L2 logistic
-    regression (C = 1) to convergence on standardised features, for classes. ``attention``: the mlp on a mean of the
-    slices weighted by softmax(w . LN(x_s)), instead of the paper's plain mean."""
+    """``mlp``: LayerNorm-Linear-GELU-Linear (paper sec. 4.3), the norm without gain and bias, which the layer behind it
+    holds. ``linear``: LayerNorm-Linear. ``logistic``: L2 logistic regression (C = 1) to convergence on standardised
+    features, for classes. ``attention``: the mlp on a mean of the slices weighted by softmax(w . LN(x_s)), instead of
+    the paper's plain mean."""
     hidden_width: int = 672
     """Width of the hidden layer. The paper gives no width but says that 0.6 % of the parameters are trained; on
     768-dimensional ViT-B features 672 gives 0.60 % (640: 0.57 %, 768: 0.69 %)."""

@@ -274,8 +274,8 @@ class PretrainConfig:
     """Iterations between looks at what the teacher has learnt: nearest neighbours for the sequence type, and the labels
     of probe_labels, on a fixed set of scans; maps of some slices (ours). 0: never. Nearest neighbours need two
     answers and four subjects. Not with sharded networks (fsdp)."""
-    probe_slices: int = 512
-    """Slices of that set, four of each scan."""
+    probe_scans: int = 128
+    """Scans of that set, by twelve slices of each."""
     probe_k: int = 5
     """Neighbours."""
     probe_subjects: Path | None = None
@@ -319,7 +319,7 @@ class PretrainConfig:
         _check(self, "accumulate", 1)
         _check(self, "max_bad_steps", 0)
         _check(self, "probe_every", 0)
-        _check(self, "probe_slices", 16)
+        _check(self, "probe_scans", 4)
         _check(self, "probe_k", 1)
         _check(self, "probe_maps", 0)
         _check(self, "checkpoint_every", 1)
@@ -352,7 +352,7 @@ RUNTIME_SETTINGS = frozenset(
         "parallel",
         "max_bad_steps",
         "probe_every",
-        "probe_slices",
+        "probe_scans",
         "probe_k",
         "probe_labels",
         "probe_subjects",

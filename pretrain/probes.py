@@ -28,8 +28,9 @@ from braindino.vision_transformer import VisionTransformer
 SEQUENCE = "sequence"
 # Slices as 32 x 32 means: what intensities alone tell.
 COARSE = 32
-# Of each scan, evenly over the middle half of those that it has in the store.
-SLICES_PER_SCAN = 4
+# Of each scan, evenly over the middle half of those that it has in the store: with four, which slices they happen to be
+# changes an accuracy by 0.1 (docs/pretraining.md).
+SLICES_PER_SCAN = 12
 # Numbers with more different values than this are ages and the like, not codes of classes.
 MAX_NUMERIC_CLASSES = 10
 MIN_SUBJECTS = 4
@@ -69,7 +70,7 @@ class KnnProbe:
         store: SliceStore,
         usable: np.ndarray,
         *,
-        num_slices: int,
+        num_scans: int,
         k: int,
         seed: int,
         labels: Mapping[str, Mapping[str, Label]] | None = None,
@@ -79,7 +80,7 @@ class KnnProbe:
         Args:
             store: the store that is learnt from.
             usable: indices of its slices that the run may see.
-            num_slices: at most so many are looked at, four of each scan, from scans drawn at random.
+            num_scans: at most so many, drawn at random, are looked at.
             k: neighbours.
             seed: chooses scans and subjects.
             labels: further questions, name -> scan_id -> label, as :func:`read_probe_labels` gives them.
@@ -106,7 +107,7 @@ class KnnProbe:
         if not asked_of:
             raise NothingToAskError("; ".join(self.unasked))
         known_of = {scan.scan_id for scan in scans if any(scan.scan_id in known for known in asked_of.values())}
-        self.indices = _choose(store, usable, known_of, num_slices, seed)
+        self.indices = _choose(store, usable, known_of, num_scans, seed)
         """Slices that are looked at, scan by scan."""
         rows, self._scan_of_slice = np.unique(store.scan_index[self.indices], return_inverse=True)
         self.scans = [store.scans[row] for row in rows]
@@ -250,15 +251,15 @@ def _floor(question: Question) -> float:
     return float((truth == torch.bincount(memory).argmax()).float().mean())
 
 
-def _choose(store: SliceStore, usable: np.ndarray, scan_ids: set[str], num_slices: int, seed: int) -> list[int]:
-    """Slices from the middle half of scans, four of each where it has as many; of as many scans as that allows."""
+def _choose(store: SliceStore, usable: np.ndarray, scan_ids: set[str], num_scans: int, seed: int) -> list[int]:
+    """Slices from the middle half of ``num_scans`` scans, twelve of each where it has as many."""
     by_scan: dict[int, list[int]] = {}
     for index in usable[np.argsort(store.scan_index[usable], kind="stable")]:
         by_scan.setdefault(int(store.scan_index[index]), []).append(int(index))
     rows = [row for row in by_scan if store.scans[row].scan_id in scan_ids]
     rows = [rows[i] for i in numpy_generator(seed, 0, "probe").permutation(len(rows))]
     chosen: list[int] = []
-    for row in rows[: max(1, num_slices // SLICES_PER_SCAN)]:
+    for row in rows[:num_scans]:
         ordered = sorted(by_scan[row], key=store.position_of)
         last = len(ordered) - 1
         chosen += [

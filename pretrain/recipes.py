@@ -52,7 +52,7 @@ DEMO = PretrainConfig(
     batch_size=32,
     checkpoint_every=100,
     probe_every=100,
-    probe_slices=64,
+    probe_scans=24,
     log_every=2,
     num_workers=0,
     # A few hundred iterations are too few for layer scales to grow from 1e-5: branches start at full strength, and both

@@ -501,7 +501,7 @@ def build_probe(config: PretrainConfig, store: SliceStore, usable: np.ndarray, *
         probe = KnnProbe(
             store,
             usable,
-            num_slices=config.probe_slices,
+            num_scans=config.probe_scans,
             k=config.probe_k,
             seed=config.seed,
             labels=labels,

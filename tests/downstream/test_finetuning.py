@@ -229,7 +229,7 @@ def test_training_in_parts_equals_one_large_pass_through_plain_torch_layers(coho
         [encoder.prepare(load_brain(cohort / "prepared", group[0]), sequence="T1").data for group in cases.scans]
     )
     start = HeadStack([job.seed], num_features=64, hidden_width=16, num_outputs=2).parameters
-    head = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 2))
+    head = nn.Sequential(nn.LayerNorm(64, elementwise_affine=False), nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 2))
     with torch.no_grad():
         for layer, name in ((head[1], "hidden"), (head[3], "output")):
             layer.weight.copy_(start[f"{name}_weight"][0].T)

@@ -619,7 +619,7 @@ COHORTS = {
     "ucsf-pdgm": UCSF_PDGM,
     "brats-sequence": BRATS_SEQUENCE,
 }
-IN_THE_SUITE = ("adni", "upenn-gbm")
+IN_THE_SUITE = ("adni",)
 
 
 @pytest.fixture(scope="module")

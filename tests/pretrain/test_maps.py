@@ -90,7 +90,7 @@ def test_the_picture_has_a_column_for_the_slice_and_at_most_eight_looks(tmp_path
 
 def test_a_run_keeps_its_maps_and_goes_on_with_them(store: Path, tmp_path: Path) -> None:
     command = ["debug", "--store", str(store), "--out", str(tmp_path / "run"), "--device", "cpu"]
-    command += ["--probe-every", "2", "--probe-slices", "16", "--checkpoint-every", "2"]
+    command += ["--probe-every", "2", "--probe-scans", "4", "--checkpoint-every", "2"]
     assert main([*command, "--iterations", "4"]) == 0
     names = sorted(path.name for path in (tmp_path / "run" / "maps").iterdir())
     assert names == [f"iteration={i:06d}.npz" for i in (1, 2, 4)]

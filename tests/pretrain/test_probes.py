@@ -55,7 +55,7 @@ class Planted(torch.nn.Module):
 
 def probe_of(store: Path, **options) -> KnnProbe:
     opened = SliceStore(store)
-    return KnnProbe(opened, np.arange(len(opened)), **{"num_slices": 64, "k": 3, "seed": 0, **options})
+    return KnnProbe(opened, np.arange(len(opened)), **{"num_scans": 16, "k": 3, "seed": 0, **options})
 
 
 def test_features_that_tell_the_sequence_are_always_right_and_noise_is_at_chance(store) -> None:
@@ -84,7 +84,7 @@ def test_the_mean_of_the_patch_tokens_is_asked_beside_the_cls_token(store) -> No
 
 def test_memory_and_questions_share_no_subject_and_slices_are_of_the_middle_half(store) -> None:
     opened = SliceStore(store)
-    probe = probe_of(store, num_slices=24)
+    probe = probe_of(store, num_scans=6)
     slices = {opened.read_float16(i).tobytes(): i for i in range(len(opened))}
     chosen = [slices[part.numpy().tobytes()] for part in probe._slices[:, 0]]
     assert chosen == probe.indices and {opened.position_of(i) for i in chosen} == {120, 140}
@@ -95,7 +95,7 @@ def test_memory_and_questions_share_no_subject_and_slices_are_of_the_middle_half
 
 
 def test_a_scan_is_the_centred_mean_of_its_slices(store) -> None:
-    probe = probe_of(store, num_slices=16)
+    probe = probe_of(store, num_scans=4)
     features = torch.randn(len(probe.indices), 3, generator=torch.Generator().manual_seed(0))
     opened = SliceStore(store)
     paths = [opened.scan_of(index).path for index in probe.indices]
@@ -106,7 +106,7 @@ def test_a_scan_is_the_centred_mean_of_its_slices(store) -> None:
 
 
 def test_accuracy_equals_a_hand_loop_with_ties_to_the_larger_summed_similarity(store) -> None:
-    probe = probe_of(store, k=4, num_slices=64)
+    probe = probe_of(store, k=4, num_scans=16)
     features = torch.randn(16, 5, generator=torch.Generator().manual_seed(1))
     right = 0
     asked, memory = (probe.is_asked == side for side in (True, False))
@@ -123,7 +123,7 @@ def test_accuracy_equals_a_hand_loop_with_ties_to_the_larger_summed_similarity(s
 def test_a_store_of_one_sequence_cannot_be_probed(tmp_path) -> None:
     opened = SliceStore(make_store(tmp_path / "store", sequences=("T1",)))
     with pytest.raises(NothingToAskError, match="sequence: all known slices have one and the same answer"):
-        KnnProbe(opened, np.arange(len(opened)), num_slices=16, k=3, seed=0)
+        KnnProbe(opened, np.arange(len(opened)), num_scans=4, k=3, seed=0)
 
 
 def labels_in(folder: Path, table: str) -> Path:
@@ -137,7 +137,7 @@ def test_labels_of_a_table_are_asked_as_classes_or_numbers(store, tmp_path) -> N
     rows = [f"s{n},{'f' if n % 2 else 'm'},{20.5 + n}" for n in range(8)]
     table = labels_in(tmp_path, "\n".join(["subject,sex,age", *rows]))
     labels = read_probe_labels([f"sex={table}", f"age={table}"], opened.scans)
-    probe = KnnProbe(opened, np.arange(len(opened)), num_slices=64, k=2, seed=0, labels=labels)
+    probe = KnnProbe(opened, np.arange(len(opened)), num_scans=16, k=2, seed=0, labels=labels)
     # Eight ages are few enough to be codes of classes; as numbers they are asked below.
     assert [question.name for question in probe.questions] == ["knn_sequence", "knn_sex", "knn_age"]
     number = torch.tensor([int(scan.subject[1:]) for scan in probe.scans])
@@ -153,7 +153,7 @@ def test_numbers_are_answered_by_the_mean_of_the_neighbours(store) -> None:
         scan.scan_id: Label(str(30 + int(scan.subject[1:]) + 0.25 * (scan.sequence == "T2")), "here")
         for scan in opened.scans
     }
-    probe = KnnProbe(opened, np.arange(len(opened)), num_slices=64, k=1000, seed=0, labels={"age": ages})
+    probe = KnnProbe(opened, np.arange(len(opened)), num_scans=16, k=1000, seed=0, labels={"age": ages})
     (question,) = [question for question in probe.questions if question.name == "mae_age"]
     values = np.array([float(ages[scan.scan_id].text) for scan in probe.scans])
     asked = probe.is_asked.numpy()
@@ -169,7 +169,7 @@ def test_subjects_named_are_asked_and_kept_out_of_training(store, tmp_path) -> N
     path.write_text("c/s1\nc/s6\n")
     opened = SliceStore(store)
     others = np.array([i for i in range(len(opened)) if opened.scan_of(i).subject not in ("s1", "s6")])
-    probe = KnnProbe(opened, others, num_slices=64, k=3, seed=0, asked={"c/s1", "c/s6"})
+    probe = KnnProbe(opened, others, num_scans=16, k=3, seed=0, asked={"c/s1", "c/s6"})
     assert {scan.subject for scan, asked in zip(probe.scans, probe.is_asked, strict=True) if asked} == {"s1", "s6"}
     assert len({scan.subject for scan, asked in zip(probe.scans, probe.is_asked, strict=True) if not asked}) == 6
     rows = run(store, tmp_path / "run", "--iterations", "2", "--probe-every", "2", "--probe-subjects", str(path))
@@ -183,7 +183,7 @@ def test_a_question_that_cannot_be_asked_leaves_the_others(store, tmp_path) -> N
     opened = SliceStore(store)
     table = labels_in(tmp_path, "subject,site\ns0,a\ns1,b\n")
     labels = read_probe_labels([f"site={table}"], opened.scans)
-    probe = KnnProbe(opened, np.arange(len(opened)), num_slices=16, k=3, seed=0, labels=labels)
+    probe = KnnProbe(opened, np.arange(len(opened)), num_scans=4, k=3, seed=0, labels=labels)
     assert probe.unasked == ["site: it is known of 2 subjects, and 4 are needed"]
     assert [question.name for question in probe.questions] == ["knn_sequence"]
 
@@ -212,7 +212,7 @@ def run(store: Path, out: Path, *more: str) -> list[dict]:
 def test_probing_changes_no_number_of_the_run(store, tmp_path) -> None:
     options = ("--iterations", "4")
     plain = run(store, tmp_path / "plain", *options)
-    probed = run(store, tmp_path / "probed", *options, "--probe-every", "2", "--probe-slices", "16")
+    probed = run(store, tmp_path / "probed", *options, "--probe-every", "2", "--probe-scans", "4")
     skipped = ("slices_per_second", "eta_seconds")
     for row, other in zip(plain, probed, strict=True):
         assert {k: v for k, v in row.items() if k not in skipped} == {
@@ -221,16 +221,17 @@ def test_probing_changes_no_number_of_the_run(store, tmp_path) -> None:
     assert [row["iteration"] for row in probed if "probe_knn_sequence" in row] == [1, 2, 4]
 
 
+FIFTY_STEPS = ("--iterations", "50", "--log-every", "10", "--model.depth", "2")
+
+
 def test_constant_images_raise_the_alarm_within_50_steps(tmp_path, capsys) -> None:
-    rows = run(
-        make_store(tmp_path / "store", constant=True), tmp_path / "run", "--iterations", "50", "--log-every", "10"
-    )
+    rows = run(make_store(tmp_path / "store", constant=True), tmp_path / "run", *FIFTY_STEPS)
     assert [(row["iteration"], row["alarms"]) for row in rows if "alarms" in row] == [(36, ["same_features"])]
     assert "ALARM iteration 36: all slices of a batch have the same features" in capsys.readouterr().out
 
 
 def test_a_run_in_order_raises_none(store, tmp_path) -> None:
-    rows = run(store, tmp_path / "run", "--iterations", "50", "--log-every", "10")
+    rows = run(store, tmp_path / "run", *FIFTY_STEPS)
     assert not [row for row in rows if "alarms" in row]
 
 
