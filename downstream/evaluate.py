@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from braindino.devices import choose_device
 from braindino.downstream.cases import Cases
 from braindino.downstream.config import EvaluateConfig
 from braindino.downstream.feature_folders import common_scans, open_tables
@@ -41,11 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("braindino evaluate: interrupted; finished trainings of --finetune are kept", file=sys.stderr)
         return 130
     return 0
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is a GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def _run(config: EvaluateConfig, *, command: list[str]) -> None:

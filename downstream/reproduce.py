@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import tyro
 
+from braindino.devices import choose_device
 from braindino.downstream.cases import Cases
 from braindino.downstream.config import ReproduceConfig
-from braindino.downstream.evaluate import choose_device
 from braindino.downstream.finetuning import FineTuner, settings_from
 from braindino.downstream.results import (
     hash_cases,

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from braindino.devices import choose_device
 from braindino.downstream.cases import Cases
 from braindino.downstream.comparisons import Comparison
 from braindino.downstream.config import RobustnessConfig
-from braindino.downstream.evaluate import choose_device
 from braindino.downstream.feature_folders import common_scans, open_tables
 from braindino.downstream.plan import Plan, check_overlaps, make_plan
 from braindino.downstream.results import data_note, hash_features, metric_label, write_predictions, write_run

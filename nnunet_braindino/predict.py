@@ -20,6 +20,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from torch import Tensor
 
+from braindino.devices import choose_device
 from nnunet_braindino.context import REACH, ContextSegmenter
 from nnunet_braindino.encoder_checkpoint import FINAL_CHECKPOINT
 from nnunet_braindino.network import EncoderSegmenter
@@ -217,11 +218,8 @@ def segment(command: Segment) -> None:
     Raises:
         ValueError: no finished fold, no such checkpoint, or a model of another kind.
     """
-    device = command.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     predictor = SlicePredictor(
-        tile_step_size=command.step_size, use_mirroring=command.mirroring, device=torch.device(device)
+        tile_step_size=command.step_size, use_mirroring=command.mirroring, device=choose_device(command.device)
     )
     predictor.batch_size = command.batch_size
     predictor.initialize_from_trained_model_folder(str(command.model), _folds(command), command.checkpoint)

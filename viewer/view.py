@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
+from braindino.devices import choose_device
 from braindino.encoders.catalogue import load_volume_encoder
 from braindino.encoders.options import parse_options
 from braindino.feature_table import FeatureTable
@@ -106,7 +106,7 @@ def build_session(config: ViewConfig) -> Session:
     shelf = ScanShelf(sources)
     if config.scan is not None:
         shelf.open(GIVEN)
-    options, device = parse_options(config.options), _device(config.device)
+    options, device = parse_options(config.options), choose_device(config.device)
     encoders = []
     for number, name in enumerate(config.encoder):
         print(f"view: loading {name}", flush=True)
@@ -115,18 +115,6 @@ def build_session(config: ViewConfig) -> Session:
             raise ValueError(f"--encoder {name}: its tokens are single numbers, which have no direction to compare")
         encoders.append(LoadedEncoder(f"encoder-{number}", encoder.identity.name, encoder, config.sequence))
     return Session(shelf, encoders, read_tables(config.features, encoders))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"--device {name}: {first}; expected auto, cpu, or a GPU that PyTorch finds") from error
-    return device
 
 
 if __name__ == "__main__":
