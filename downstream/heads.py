@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -31,8 +32,6 @@ HEADS_AT_A_TIME = 64
 LOGISTIC_ITERATIONS = 10_000
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 UPDATES = {"adam": adam, "adamw": adamw}
-# The defaults of torch's optimisers, which their functions want to be told.
-ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False, "maximize": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,17 +451,29 @@ def _train_stack(
     width = head.hidden_width if head.kind == "mlp" else normalised.shape[1]
     gradient = GRADIENTS[training.loss]
     # The optimiser as a function: the object of the same name takes 0.1 ms a step for what it looks up.
-    moments = torch.zeros_like(stack.flat), torch.zeros_like(stack.flat)
-    flat, gradients, first, second = ([part] for part in (stack.flat, stack.gradient, *moments))
-    count = [torch.zeros((), device=device)]
-    update = UPDATES[training.optimiser]
-    rates = {"lr": training.learning_rate, "weight_decay": training.weight_decay} | ADAM
+    update = partial(
+        UPDATES[training.optimiser],
+        params=[stack.flat],
+        grads=[stack.gradient],
+        exp_avgs=[torch.zeros_like(stack.flat)],
+        exp_avg_sqs=[torch.zeros_like(stack.flat)],
+        max_exp_avg_sqs=[],
+        state_steps=[torch.zeros((), device=device)],
+        fused=True,
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        beta1=0.9,  # this and what follows: the defaults of torch's optimisers
+        beta2=0.999,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+    )
     x = normalised.new_empty(len(block), size, normalised.shape[1])
     for rows_of_step, y, w in every_batch:
         torch.index_select(normalised, 0, rows_of_step.flatten(), out=x.view(-1, x.shape[-1]))
         kept = _dropped(droppers, size, width, head.dropout, device)
         stack.backward(x, lambda z, y=y, w=w: gradient(z, y, w), kept)  # type: ignore[misc]
-        update(flat, gradients, first, second, [], count, fused=True, **rates)
+        update()
     parts = [
         stack.outputs(part.expand(len(block), -1, -1)).cpu()
         for of_block in normalised[: sum(sizes)].split(list(sizes))
