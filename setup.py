@@ -92,7 +92,7 @@ setup(
             "distributed",
             "pytest",
             "pytest-timeout",
-            "pytest-xdist",
+            "pytest-xdist>=3.8",
             "playwright",
             "nbclient",
             "nbformat",

@@ -119,7 +119,7 @@ def test_sharded_processes_equal_copies_and_leave_the_same_files(store: Path, tw
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_killed_with_two_processes_and_resumed_equals_running_straight(
     store: Path, two: Path, tmp_path: Path, parallel: str
 ) -> None:
