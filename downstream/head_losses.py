@@ -15,7 +15,7 @@ SQUARED_SHARE = 0.2  # alpha of paper Eq. 9
 HUBER_DELTA = 1.0  # delta of paper Eq. 9
 
 
-def shares(weights: Tensor) -> Tensor:
+def batch_shares(weights: Tensor) -> Tensor:
     """(..., B, 1) part of each case in its batch, of weights (..., B)."""
     return (weights / weights.sum(dim=-1, keepdim=True))[..., None]
 

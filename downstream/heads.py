@@ -21,7 +21,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from braindino.downstream.attention_head import start_attention_head
-from braindino.downstream.head_losses import GRADIENTS, shares
+from braindino.downstream.head_losses import GRADIENTS, batch_shares
 from braindino.downstream.head_stack import HeadStack
 from braindino.downstream.oversampling import oversample
 
@@ -112,6 +112,23 @@ class _Job:
     targets: Tensor
     weights: Tensor
 
+    @classmethod
+    def of(
+        cls, rows: np.ndarray, targets: np.ndarray, *, number: int, seed: int, num_outputs: int, training: Training
+    ) -> "_Job":
+        """Of the head's own rows (r,), with targets as ``_prepare_targets`` makes them."""
+        weights = torch.from_numpy(_case_weights(targets, num_outputs, training))
+        own = torch.from_numpy(targets)
+        if training.loss == "cross_entropy":
+            own = F.one_hot(own, num_outputs).float()
+        return cls(number, seed, torch.from_numpy(rows), own, weights)
+
+    def batch(self, places: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Targets and shares of the cases at ``places`` (B,) among the rows, as losses of one head take them."""
+        parts = self.targets[places], batch_shares(self.weights[places])
+        y, w = (part.to(device)[None] for part in parts)
+        return y, w
+
 
 def train_heads(
     features: np.ndarray | Tensor,
@@ -181,7 +198,9 @@ def train_heads(
             own_rows = np.concatenate([rows, np.arange(size, size + len(made))])
             own_targets = np.concatenate([own_targets, made_classes])
             size += len(made)
-        jobs.append(_job(own_rows, own_targets, number=number, seed=seed, num_outputs=num_outputs, training=training))
+        jobs.append(
+            _Job.of(own_rows, own_targets, number=number, seed=seed, num_outputs=num_outputs, training=training)
+        )
 
     outputs = torch.empty(len(subsets), sum(sizes), num_outputs)
     features_of_all = torch.from_numpy(np.concatenate(pool)).to(device)
@@ -341,7 +360,7 @@ class JointHead:
         check_heads(x, targets, subsets=[rows], seeds=[seed], num_outputs=num_outputs, head=head, training=training)
         self._head, self._training, self._device = head, training, device
         prepared, self._shifts, self._scales = _prepare_targets([targets], [rows], training)
-        self._job = _job(rows, prepared[0][rows], number=0, seed=seed, num_outputs=num_outputs, training=training)
+        self._job = _Job.of(rows, prepared[0][rows], number=0, seed=seed, num_outputs=num_outputs, training=training)
         self._dropper = [torch.Generator().manual_seed(seed)]
         self._width = head.hidden_width
         if head.kind == "attention":
@@ -378,8 +397,7 @@ class JointHead:
             features: (B, D), or (B, S, D) for an attention head; what they were made of gets its gradient.
             places: of the batch, as ``batches`` gives them.
         """
-        batch = self._job.targets[places], shares(self._job.weights[places])
-        y, w = (part.to(self._device)[None] for part in batch)
+        y, w = self._job.batch(places, self._device)
         kept = _dropped(self._dropper, len(places), self._width, self._head.dropout, self._device)
         loss_gradient = GRADIENTS[self._training.loss]
         if self._head.kind == "attention":
@@ -446,7 +464,7 @@ def _train_stack(
         )
         for name in ("rows", "targets", "weights")
     )
-    every_batch = zip(*(part.to(device).unbind() for part in (rows, targets, shares(weights))), strict=True)
+    every_batch = zip(*(part.to(device).unbind() for part in (rows, targets, batch_shares(weights))), strict=True)
     droppers = [torch.Generator().manual_seed(job.seed) for job in block]
     width = head.hidden_width if head.kind == "mlp" else normalised.shape[1]
     gradient = GRADIENTS[training.loss]
@@ -504,8 +522,7 @@ def _train_attention(
         rows = job.rows[positions].to(features.device)
         kept = _dropped(dropper, size, head.hidden_width, head.dropout, features.device)
         outputs = network(features[rows], None if mask is None else mask[rows], None if kept is None else kept[0])
-        batch = job.targets[positions], shares(job.weights[positions])
-        y, w = (part.to(features.device)[None] for part in batch)
+        y, w = job.batch(positions, features.device)
         optimiser.zero_grad()
         outputs.backward(GRADIENTS[training.loss](outputs.detach()[None], y, w)[0])
         optimiser.step()
@@ -552,17 +569,6 @@ def _optimiser(parameters: Sequence[Tensor] | Sequence[dict[str, Any]], training
     return OPTIMISERS[training.optimiser](
         parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True
     )
-
-
-def _job(
-    rows: np.ndarray, targets: np.ndarray, *, number: int, seed: int, num_outputs: int, training: Training
-) -> _Job:
-    """Of the head's own rows (r,), with targets as ``_prepare_targets`` makes them."""
-    weights = torch.from_numpy(_case_weights(targets, num_outputs, training))
-    own = torch.from_numpy(targets)
-    if training.loss == "cross_entropy":
-        own = F.one_hot(own, num_outputs).float()
-    return _Job(number, seed, torch.from_numpy(rows), own, weights)
 
 
 def _batch_size(job: _Job, training: Training) -> int:

@@ -28,8 +28,8 @@ from braindino.vision_transformer import VisionTransformer
 SEQUENCE = "sequence"
 # Slices as 32 x 32 means: what intensities alone tell.
 COARSE = 32
-# Of each scan, evenly over the middle half of those that it has in the store: four are too
-# few, an accuracy changes by 0.1 and more with the choice (docs/pretraining.md).
+# Of each scan, evenly over the middle half of those that it has in the store: four are too few, an accuracy changes by
+# 0.1 and more with the choice (docs/pretraining.md).
 SLICES_PER_SCAN = 12
 # Numbers with more different values than this are ages and the like, not codes of classes.
 MAX_NUMERIC_CLASSES = 10

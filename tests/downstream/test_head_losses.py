@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from lifelines import CoxPHFitter
 
-from braindino.downstream.head_losses import GRADIENTS, cox_gradient, shares
+from braindino.downstream.head_losses import GRADIENTS, batch_shares, cox_gradient
 from braindino.downstream.head_stack import HeadStack
 from braindino.downstream.oversampling import oversample
 
@@ -35,7 +35,7 @@ def test_cross_entropy_is_torchs_also_with_class_weights():
     of_class = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
     for weights, kind in ((ONES, None), (of_class[y], of_class)):
         expected = by_autograd(lambda o, kind=kind: F.cross_entropy(o[0], y[0], weight=kind), z)
-        torch.testing.assert_close(GRADIENTS["cross_entropy"](z, F.one_hot(y, 3), shares(weights)), expected)
+        torch.testing.assert_close(GRADIENTS["cross_entropy"](z, F.one_hot(y, 3), batch_shares(weights)), expected)
 
 
 def test_squared_and_mixed_errors_are_those_of_torchs_losses():
