@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from braindino.child_process import end_with_parent
 from braindino.progress import track
 from braindino.slice_store import Problem, SliceStore, StoreError, check_scan_file, scan_files
 
@@ -129,7 +130,9 @@ def _over_processes(check: Callable[[Sequence], list[Problem]], items: Sequence,
     if jobs == 1 or len(batches) < 2:
         return [problem for item in track(items, desc="verify: scans") for problem in check([item])]
     # Started afresh: a fork would copy whatever threads hold at that moment.
-    with ProcessPoolExecutor(min(jobs, len(batches)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        min(jobs, len(batches)), multiprocessing.get_context("spawn"), initializer=end_with_parent
+    ) as pool:
         found = track(pool.map(check, batches), total=len(batches), desc=f"verify: {SCANS_PER_BATCH} scans each")
         return [problem for problems in found for problem in problems]
 

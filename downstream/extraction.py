@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, cast
 
 import torch
 
+from braindino.child_process import end_with_parent
 from braindino.downstream.loading import load_ahead
 from braindino.encoders.catalogue import load_volume_encoder
 from braindino.encoders.contract import Prepared, VolumeEncoder
@@ -172,7 +172,7 @@ def _serve(work: Work, scans: Sequence[Scan], device: str, threads: int, pipe: c
     """Life of a process: scans as they are finished, then None; an error as its text."""
     # Ctrl-C reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     try:
         encoder = load_volume_encoder(work.encoder, device=device, **work.options)
@@ -183,14 +183,6 @@ def _serve(work: Work, scans: Sequence[Scan], device: str, threads: int, pipe: c
         pipe.send(None)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         pipe.send(f"{type(error).__name__}: {error}")
-
-
-def _end_with_parent() -> None:
-    """Leave at once when the parent is gone: a killed run must not go on writing beside its successor."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
 
 
 def _start_loader(device: torch.device, jobs: int) -> None:

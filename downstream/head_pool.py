@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from braindino.child_process import end_with_parent
 from braindino.downstream.heads import Head, Training, check_heads, check_queries, of_each_head, train_heads
 from braindino.progress import track
 
@@ -74,6 +75,7 @@ def train_many_heads(
 
 
 def _start(shared: dict[str, Any]) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     _shared.update(shared)
 

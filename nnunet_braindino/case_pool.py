@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from braindino.child_process import end_with_parent
 from braindino.progress import track
 
 Result = TypeVar("Result")
@@ -28,7 +29,9 @@ def map_cases(work: Callable[..., Result], *arguments: Sequence[Any], jobs: int,
         yield from track(map(work, *arguments), total=total, desc=desc)
         return
     # Started afresh: a fork would copy whatever threads hold at that moment.
-    with ProcessPoolExecutor(min(jobs, total), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        min(jobs, total), multiprocessing.get_context("spawn"), initializer=end_with_parent
+    ) as pool:
         try:
             yield from track(pool.map(work, *arguments), total=total, desc=desc)
         except BrokenProcessPool as error:

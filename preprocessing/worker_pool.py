@@ -6,15 +6,14 @@ process takes over.
 """
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from braindino.allocation import keep_freed_memory
+from braindino.child_process import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -120,7 +119,7 @@ def _serve(function: Callable[[Any], Any], pipe: connection.Connection) -> None:
     """Life of a worker: say that it is ready, then answer tasks until the pipe ends."""
     # Ctrl-C reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     keep_freed_memory()
     pipe.send(None)
     while True:
@@ -133,11 +132,3 @@ def _serve(function: Callable[[Any], Any], pipe: connection.Connection) -> None:
         except Exception as error:  # raised again in the parent
             answer = _Failure(error)
         pipe.send(answer)
-
-
-def _end_with_parent() -> None:
-    """Leave at once when the parent is gone: a killed run must not go on writing beside its successor."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)

@@ -1,5 +1,12 @@
 """Heads trained by several processes are those that one process trains."""
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -47,3 +54,52 @@ def test_a_head_without_two_classes_is_named_by_the_callers_number(two_processes
     subsets = [*SUBSETS[:7], np.arange(0, 40, 2), *SUBSETS[8:]]
     with pytest.raises(ValueError, match=r"head 7 \(seed 107\): all 20 training cases are of class 0"):
         head_pool.train_many_heads(FEATURES, CLASSES, subsets=subsets, seeds=list(range(100, 110)), **SETTINGS)
+
+
+def train_long(pipe):
+    """Of a process that is to be killed: tells who works for it once they do."""
+    torch.set_num_threads(2)
+    threading.Thread(target=lambda: pipe.send(wait_for_workers()), daemon=True).start()
+    head_pool.train_many_heads(
+        FEATURES,
+        CLASSES,
+        subsets=SUBSETS * 400,
+        seeds=list(range(4000)),
+        **{**SETTINGS, "training": Training(steps=100)},
+    )
+
+
+def wait_for_workers():
+    me = os.getpid()
+    while len(workers := [pid for child in children_of(me) for pid in children_of(child)]) < 2:
+        time.sleep(0.05)
+    return workers
+
+
+def children_of(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(word) for task in tasks for word in task.read_text().split()]
+
+
+def is_alive(pid):
+    """A zombie that nobody waits for is not."""
+    path = Path(f"/proc/{pid}/stat")
+    return path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.fault
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux which processes there are")
+def test_the_processes_of_a_killed_run_end_with_it():
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    run = context.Process(target=train_long, args=(there,))
+    run.start()
+    assert here.poll(60), "no process was started"
+    workers = here.recv()
+    assert all(map(is_alive, workers))
+    os.kill(run.pid, signal.SIGKILL)
+    run.join()
+    deadline = time.monotonic() + 60
+    while any(map(is_alive, workers)):
+        assert time.monotonic() < deadline, f"{workers} go on without the run that started them"
+        time.sleep(0.05)
