@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from braindino.command_line import command_line
 from braindino.fingerprint import MAX_APPEARANCE_DISTANCE, appearance_hash, content_hash
 from braindino.leakage import KINDS, Crosswalk, Exposure, Overlap, find_overlaps, read_exposure
 from braindino.manifest import Scan, read_scans
@@ -71,14 +71,10 @@ class AuditResult:
     undecided: list[str]
 
 
+@command_line("audit")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 without overlap, 3 with, 1 on an error."""
-    config = tyro.cli(Audit, args=argv, prog="braindino audit")
-    try:
-        result = _run(config)
-    except (ValueError, OSError) as error:
-        print(f"braindino audit: {error}", file=sys.stderr)
-        return 1
+    result = _run(tyro.cli(Audit, args=argv, prog="braindino audit"))
     return 3 if result.overlaps else 0
 
 

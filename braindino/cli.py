@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from braindino.command_line import EXIT_DONE, EXIT_USAGE
+
 
 class Verb(NamedTuple):
     """Where a verb's ``main(argv) -> exit code`` lives, and what it does."""
@@ -47,21 +49,20 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; its exit code: 0 all done, 1 error, 2 usage, 3 finished with some scans quarantined, 4
-    not reproduced."""
+    """Run one verb; its exit code, one of those in ``command_line``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
-        return 0 if arguments else 2
+        return EXIT_DONE if arguments else EXIT_USAGE
     if arguments[0] == "--version":
         from braindino import __version__
 
         print(__version__)
-        return 0
+        return EXIT_DONE
     verb, *rest = arguments
     if verb not in VERBS:
         print(f"braindino: no verb {verb!r}\n\n{_usage()}", file=sys.stderr)
-        return 2
+        return EXIT_USAGE
     # Programs that name themselves in their usage line should name the verb.
     sys.argv = [f"braindino {verb}", *rest]
     return importlib.import_module(VERBS[verb].module).main(rest)

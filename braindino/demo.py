@@ -4,13 +4,13 @@ Every step is a program run on files; the commands are printed, and kept in ``co
 second run goes on where the first was stopped, because each program does.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from braindino.command_line import GOES_ON, command_line
 from braindino.segmentation_scores import format_mean, read_scores
 from braindino.steps import Step, program, run_steps, verb
 from braindino.task_summary import read_task_summary
@@ -35,17 +35,14 @@ class Demo:
     """Processes for simulation and preprocessing."""
 
 
+@command_line("demo", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when every step succeeded, 1 when one failed; what was finished stays."""
-    config = tyro.cli(Demo, args=argv)
+    config = tyro.cli(Demo, args=argv, prog="braindino demo")
     out = config.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     headline = "The commands behind this folder, in order. All data are simulated."
-    try:
-        seconds = run_steps(build_steps(out, config), log_path=out / "commands.log", headline=headline)
-    except ValueError as error:
-        print(f"braindino demo: {error}", file=sys.stderr)
-        return 1
+    seconds = run_steps(build_steps(out, config), log_path=out / "commands.log", headline=headline)
     print(f"\nDone in {seconds:.0f} s, on simulated data.\n")
     print(results_table(out))
     print(f"\nReport: {out / 'report' / 'index.html'}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from braindino.command_line import EXIT_DONE, EXIT_USAGE, command_line
 from braindino.provenance import versions
 
 GIB = 1024**3
@@ -20,18 +21,19 @@ class Finding(NamedTuple):
     ok: bool | None = None
 
 
+@command_line("doctor")
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings; exit code 0, since a missing option is no error, 2 on arguments it does not know."""
     if argv:
         print("usage: braindino doctor    (it takes no arguments)")
-        return 0 if list(argv) in (["-h"], ["--help"]) else 2
+        return EXIT_DONE if list(argv) in (["-h"], ["--help"]) else EXIT_USAGE
     for finding in examine():
         mark = {True: "ok ", False: "-- ", None: "   "}[finding.ok]
         first, *rest = finding.text.splitlines() or [""]
         print(f"{mark}{finding.topic:<14} {first}")
         for line in rest:
             print(f"{'':17} {line}")
-    return 0
+    return EXIT_DONE
 
 
 def examine() -> list[Finding]:

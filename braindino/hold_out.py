@@ -1,12 +1,12 @@
 """``braindino split``: choose the subjects that every room holds out, before anything is trained."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from braindino.command_line import command_line
 from braindino.leakage import KINDS, Crosswalk, Exposure, Overlap, describe_overlaps, find_overlaps, read_exposure
 from braindino.manifest import read_scans
 from braindino.splits import split_subjects, write_subjects
@@ -38,14 +38,10 @@ class HoldOut:
     """Hold out subjects that were pretrained on all the same; the list then says so."""
 
 
+@command_line("split")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the list was written, 1 on an error."""
-    config = tyro.cli(HoldOut, args=argv)
-    try:
-        _run(config)
-    except (ValueError, OSError) as error:
-        print(f"braindino split: {error}", file=sys.stderr)
-        return 1
+    _run(tyro.cli(HoldOut, args=argv, prog="braindino split"))
     return 0
 
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from braindino.tables import read_rows, write_rows
+from braindino.tables import NOT_DEFINED, number_text, read_rows, write_rows
 
 CKA_FILE, SPREAD_FILE = "cka.tsv", "spread.tsv"
 COHORT_SHARE_FILE, NEIGHBOURS_FILE = "cohort_share.tsv", "neighbours.tsv"
 ALL = "all"
 """The group of all cohorts together; the bank of all scans; the slice of a neighbour that is a whole scan."""
-UNDEFINED = "n/a"
 UNITS = ("scan", "subject")
 AMONG = ("all cohorts", "other cohorts")
 
@@ -215,11 +214,11 @@ def _read(path: str | Path, kind: type[Row]) -> list[Row]:
 
 def _text(_name: str, value: object) -> str:
     if isinstance(value, float):
-        return UNDEFINED if math.isnan(value) else f"{value:.6g}"
+        return number_text(value, ".6g")
     return str(value)
 
 
 def _value(_name: str, text: str, kind: object) -> object:
     if kind is float:
-        return math.nan if text == UNDEFINED else float(text)
+        return math.nan if text == NOT_DEFINED else float(text)
     return int(text) if kind is int else text

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from braindino.tables import number_text
+
 ITERATIONS = 2000  # paper sec. 4.7
 SEED = 42  # paper sec. 4.7
 CONFIDENCE = 0.95
@@ -91,6 +93,13 @@ def bootstrap_p(differences: np.ndarray) -> float:
     if 2 * len(defined) < len(differences) or not len(defined):
         return float("nan")
     return min(1.0, 2 * min(float(np.mean(defined <= 0)), float(np.mean(defined >= 0))))
+
+
+def p_text(p: float) -> str:
+    """Two digits; ``<0.0005`` for the 0 of a bootstrap, or ``n/a``."""
+    if p == 0:
+        return f"<{1 / ITERATIONS:g}"
+    return number_text(p, ".1e" if p < 0.001 else ".2g")
 
 
 def sign_flip_p(differences: np.ndarray, subjects: Sequence[str] | np.ndarray, *, seed: int = SEED) -> float:

@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from braindino.leakage import UNKNOWN
-from braindino.resampling import ITERATIONS
-from braindino.tables import align, read_rows, write_rows
-
-NOT_DEFINED = "n/a"
+from braindino.resampling import p_text
+from braindino.tables import NOT_DEFINED, align, interval_text, number_text, read_rows, write_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,30 +100,20 @@ def format_robustness(rows: Iterable[RobustnessRow]) -> str:
             row.perturbation,
             f"{row.severity:g}" + (" (clean)" if row.clean else ""),
             f"{row.n_cases}" + (f" ({row.n_missing} missing)" if row.n_missing else ""),
-            f"{_short(row.estimate)} [{_short(row.low)}, {_short(row.high)}]",
-            "" if row.clean else f"{_short(row.change)} [{_short(row.change_low)}, {_short(row.change_high)}]",
-            "" if row.clean else _short_p(row.p),
+            interval_text(row.estimate, row.low, row.high),
+            "" if row.clean else interval_text(row.change, row.change_low, row.change_high),
+            "" if row.clean else p_text(row.p),
         )
         for row in rows
     ]
     return align([header, *lines])
 
 
-def _short(value: float) -> str:
-    return NOT_DEFINED if math.isnan(value) else f"{value:.3f}"
-
-
-def _short_p(value: float) -> str:
-    if value == 0:  # of a bootstrap
-        return f"<{1 / ITERATIONS:g}"
-    return NOT_DEFINED if math.isnan(value) else f"{value:.2g}"
-
-
 def _text(_name: str, value: object) -> str:
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, float):
-        return NOT_DEFINED if math.isnan(value) else f"{value:.6g}"
+        return number_text(value, ".6g")
     # A tab or line break inside a text would need quoting, which few TSV readers expect.
     return " ".join(str(value).split())
 

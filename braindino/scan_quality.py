@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from braindino.tables import read_table, write_table
+from braindino.tables import NOT_DEFINED, read_table, write_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,13 @@ def write_quality(path: str | Path, rows: Iterable[ScanQuality]) -> None:
 
 def _format(cell: str | float | None) -> str:
     if cell is None:
-        return "n/a"
+        return NOT_DEFINED
     return f"{cell:.6g}" if isinstance(cell, float) else str(cell)
 
 
 def _parse(name: str, cell: str) -> Any:
     if name in _TEXTS:
         return cell
-    if cell == "n/a":
+    if cell == NOT_DEFINED:
         return None
     return int(cell) if name == "components" else float(cell)

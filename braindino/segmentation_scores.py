@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from braindino.atomic import write_json
 from braindino.leakage import UNKNOWN
-from braindino.tables import read_table, write_table
+from braindino.tables import NOT_DEFINED, number_text, read_table, write_table
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -136,8 +136,8 @@ def write_scores(scores: SegmentationScores, out_dir: str | Path) -> None:
         [
             case,
             scores.subject_of.get(case, case),
-            *(_cell(row[name], 4) for name in regions),
-            *(_cell(scores.hd95.get(case, {}).get(name, math.nan), 2) for name in regions),
+            *(number_text(row[name], ".4f") for name in regions),
+            *(number_text(scores.hd95.get(case, {}).get(name, math.nan), ".2f") for name in regions),
         ]
         for case, row in scores.cases.items()
     ]
@@ -153,7 +153,14 @@ def write_overview(scores: Mapping[str, SegmentationScores], ratios: Mapping[str
         path: the table.
     """
     rows = [
-        [name, f"{ratios[name]:g}", metric, region, row.num_cases, *(_cell(getattr(row, key), 4) for key in _NUMBERS)]
+        [
+            name,
+            f"{ratios[name]:g}",
+            metric,
+            region,
+            row.num_cases,
+            *(number_text(getattr(row, key), ".4f") for key in _NUMBERS),
+        ]
         for name, each in scores.items()
         for metric, summary in (("Dice", each.summary), ("HD95 (mm)", each.hd95_summary))
         for region, row in summary.items()
@@ -197,7 +204,7 @@ def read_comparisons(path: str | Path) -> list[Comparison]:
 
 def write_comparisons(rows: Sequence[Comparison], path: str | Path) -> None:
     """Write a row per paired test."""
-    cells = [[_cell(v, 5) if isinstance(v, float) else v for v in row] for row in rows]
+    cells = [[number_text(v, ".5f") if isinstance(v, float) else v for v in row] for row in rows]
     write_table(path, Comparison._fields, cells)
 
 
@@ -258,13 +265,9 @@ def _cases(entries: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return {case: {name: _or_nan(value) for name, value in row.items()} for case, row in entries.items()}
 
 
-def _cell(value: float, digits: int) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.{digits}f}"
-
-
 def _number(path: str | Path, line: int, text: str) -> float:
     try:
-        return math.nan if text == "n/a" else float(text)
+        return math.nan if text == NOT_DEFINED else float(text)
     except ValueError as error:
         raise ValueError(
             f"{path}, line {line}: found {text!r}; expected a number, as `braindino segment-eval` writes it"

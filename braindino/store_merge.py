@@ -2,7 +2,6 @@
 
 import filecmp
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import tyro
 
 from braindino.atomic import sync
+from braindino.command_line import GOES_ON, command_line
 from braindino.lock import lock_folder
 from braindino.progress import track
 from braindino.slice_store import SliceStore, SliceStoreWriter, scan_files
@@ -54,17 +54,13 @@ class Pick(NamedTuple):
         return self.store.scan_path(self.row)
 
 
+@command_line("merge", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the store was made, 1 on an error."""
-    try:
-        options = tyro.cli(MergeOptions, args=argv, prog="braindino merge")
-        stores = [SliceStore(store_folder(folder)) for folder in options.stores]
-        check_contracts(stores)
-        picks = union(stores)
-        merged = assemble(options.out, picks, contract=stores[0].contract)
-    except (ValueError, OSError) as error:
-        print(f"braindino merge: {error}", file=sys.stderr)
-        return 1
+    options = tyro.cli(MergeOptions, args=argv, prog="braindino merge")
+    stores = [SliceStore(store_folder(folder)) for folder in options.stores]
+    check_contracts(stores)
+    merged = assemble(options.out, union(stores), contract=stores[0].contract)
     repeats = sum(store.num_scans for store in stores) - merged.num_scans
     again = f", {repeats} held by more than one" if repeats else ""
     print(f"{options.out}: {merged.num_scans} scans, {len(merged)} slices of {len(stores)} store(s){again}")

@@ -1,6 +1,5 @@
 """``braindino subset``: a slice store of some scans of another, by cohort, sequence and subject."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from braindino.command_line import GOES_ON, command_line
 from braindino.manifest import Scan
 from braindino.slice_store import SliceStore
 from braindino.splits import read_subjects
@@ -44,16 +44,13 @@ class SubsetOptions:
             )
 
 
+@command_line("subset", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the store was made, 1 on an error."""
-    try:
-        options = tyro.cli(SubsetOptions, args=argv, prog="braindino subset")
-        store = SliceStore(store_folder(options.store))
-        rows = choose(store.scans, options)
-        subset = assemble(options.out, [Pick(store, row) for row in rows], contract=store.contract)
-    except (ValueError, OSError) as error:
-        print(f"braindino subset: {error}", file=sys.stderr)
-        return 1
+    options = tyro.cli(SubsetOptions, args=argv, prog="braindino subset")
+    store = SliceStore(store_folder(options.store))
+    picks = [Pick(store, row) for row in choose(store.scans, options)]
+    subset = assemble(options.out, picks, contract=store.contract)
     print(f"{options.out}: {subset.num_scans} of {store.num_scans} scans, {len(subset)} of {len(store)} slices")
     return 0
 

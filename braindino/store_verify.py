@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from braindino.child_process import end_with_parent
+from braindino.command_line import command_line
 from braindino.progress import track
 from braindino.slice_store import Problem, SliceStore, StoreError, check_scan_file, scan_files
 
@@ -64,14 +64,11 @@ class Verification:
     notes: list[str] = field(default_factory=list)
 
 
+@command_line("verify", errors=(BrokenProcessPool,))
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the store is sound, 1 when it is damaged or none."""
-    try:
-        options = tyro.cli(VerifyOptions, args=argv, prog="braindino verify")
-        result = verify_store(store_folder(options.store), deep=options.deep, jobs=options.jobs)
-    except (ValueError, OSError, BrokenProcessPool) as error:
-        print(f"braindino verify: {error}", file=sys.stderr)
-        return 1
+    options = tyro.cli(VerifyOptions, args=argv, prog="braindino verify")
+    result = verify_store(store_folder(options.store), deep=options.deep, jobs=options.jobs)
     if options.json:
         described = asdict(result) | {"problems": [problem._asdict() for problem in result.problems]}
         print(json.dumps({"sound": not result.problems, **described}, indent=2, ensure_ascii=False))

@@ -2,12 +2,16 @@
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from braindino.atomic import write_text
+
+NOT_DEFINED = "n/a"
+"""What stands in a cell for NaN, as in BIDS."""
 
 Row = TypeVar("Row")
 
@@ -89,6 +93,16 @@ def write_rows(path: str | Path, kind: type[Row], rows: Iterable[Row], text: Cal
     """
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     write_table(path, names, ([text(name, getattr(row, name)) for name in names] for row in rows))
+
+
+def number_text(value: float, form: str = ".3f") -> str:
+    """A number in Python's format ``form``, or ``n/a``."""
+    return NOT_DEFINED if math.isnan(value) else format(value, form)
+
+
+def interval_text(estimate: float, low: float, high: float) -> str:
+    """An estimate and its interval, three decimals each."""
+    return f"{number_text(estimate)} [{number_text(low)}, {number_text(high)}]"
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:

@@ -22,13 +22,13 @@ from typing import TypeVar
 
 from braindino import tables
 from braindino.atomic import write_text
-from braindino.resampling import ITERATIONS
+from braindino.resampling import p_text
+from braindino.tables import NOT_DEFINED, number_text
 
 COMPARISONS_FILE, STRATA_FILE = "comparisons.tsv", "strata.tsv"
 SURVIVAL_FILE, SURVIVAL_CURVES_FILE = "survival.tsv", "survival_curves.tsv"
 CALIBRATION_FILE, RELIABILITY_FILE = "calibration.tsv", "reliability.tsv"
 PREDICTIONS_FILE, CASES_FILE = "predictions.csv", "cases.tsv"
-NOT_DEFINED = "n/a"
 HIGH_RISK, LOW_RISK = "high risk", "low risk"
 _P_COLUMNS = ("p", "p_holm")
 _TRIAL_COLUMNS = ("split", "seed", "ratio", "variant", "case", "subject")
@@ -203,18 +203,6 @@ def read_predictions(path: str | Path) -> list[dict[str, str]]:
                 raise ValueError(f"{path}, line {reader.line_num}: expected as many cells as in the header")
             rows.append(row)
     return rows
-
-
-def number_text(value: float) -> str:
-    """Three decimals, or ``n/a``."""
-    return NOT_DEFINED if math.isnan(value) else f"{value:.3f}"
-
-
-def p_text(p: float) -> str:
-    """Two digits; ``<0.0005`` for the 0 of a bootstrap, or ``n/a``."""
-    if p == 0:
-        return f"<{1 / ITERATIONS:g}"
-    return NOT_DEFINED if math.isnan(p) else f"{p:.2g}" if p >= 0.001 else f"{p:.1e}"
 
 
 def _text(name: str, value: object) -> str:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from braindino.atomic import replace_file, write_json
 from braindino.provenance import versions
+from braindino.records import read_json
 from braindino.vision_transformer import ARCHITECTURES, INPUT_CHANNELS, RotaryEmbedding, VisionTransformer
 
 FORMAT = "braindino-encoder"
@@ -681,10 +682,7 @@ def _read_config(weights: _Weights) -> dict[str, Any]:
     file = weights.file.with_name("config.json")
     if weights.layout != "Hugging Face" or not file.is_file():
         return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON ({error})") from error
+    config = read_json(file)
     if config.get("model_type") != "dinov3_vit" or config.get("hidden_act", "gelu") != "gelu":
         found = (config.get("model_type"), config.get("hidden_act", "gelu"))
         raise ValueError(f"{file}: expected model_type 'dinov3_vit' with hidden_act 'gelu', found {found}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from braindino.command_line import command_line
 from braindino.devices import choose_device
 from braindino.downstream.cases import Cases
 from braindino.downstream.config import EvaluateConfig
@@ -30,17 +31,11 @@ from braindino.file_digest import file_digest
 from braindino.provenance import code_commit, versions
 
 
+@command_line("evaluate", interrupted="finished trainings of --finetune are kept")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the results are written, 1 on an error, 130 on Ctrl-C."""
-    try:
-        config = tyro.cli(EvaluateConfig, args=argv, prog="braindino evaluate")
-        _run(config, command=["braindino", "evaluate", *(sys.argv[1:] if argv is None else argv)])
-    except (ValueError, OSError) as error:
-        print(f"braindino evaluate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("braindino evaluate: interrupted; finished trainings of --finetune are kept", file=sys.stderr)
-        return 130
+    config = tyro.cli(EvaluateConfig, args=argv, prog="braindino evaluate")
+    _run(config, command=["braindino", "evaluate", *(sys.argv[1:] if argv is None else argv)])
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import tyro
 
+from braindino.command_line import GOES_ON, command_line
 from braindino.downstream.config import ExtractConfig
 from braindino.downstream.extraction import (
     Work,
@@ -30,19 +31,13 @@ from braindino.progress import track
 MAX_JOBS = 16
 
 
+@command_line("extract", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when every done scan has features, 3 when some could not be used, 1 on an error, 130 on Ctrl-C."""
     try:
-        return _run(tyro.cli(ExtractConfig, args=argv))
-    except (ValueError, OSError) as error:
-        print(f"braindino extract: {error}", file=sys.stderr)
-        return 1
+        return _run(tyro.cli(ExtractConfig, args=argv, prog="braindino extract"))
     except torch.OutOfMemoryError as error:
-        print(f"braindino extract: {error}; try a smaller --batch-size", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("braindino extract: interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
-        return 130
+        raise ValueError(f"{error}; try a smaller --batch-size") from error
 
 
 def _run(config: ExtractConfig) -> int:

@@ -1,30 +1,27 @@
 """``braindino tasks [NAME]``: the table of tasks, or one row in full."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import yaml
 
+from braindino.command_line import command_line
 from braindino.downstream.scoring import check_metrics
 from braindino.downstream.task_table import as_plain, load_task, task_names
 
 
+@command_line("tasks")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 1 when there is no such task."""
     parser = argparse.ArgumentParser(prog="braindino tasks", description="What can be evaluated, and how.")
     parser.add_argument("task", nargs="?", metavar="TASK", help="a row, or a YAML file of your own: shown in full")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.task:
-            task = load_task(arguments.task)
-            check_metrics(task)
-            print(yaml.safe_dump(as_plain(task), sort_keys=False, allow_unicode=True, width=110), end="")
-        else:
-            print(_overview())
-    except (ValueError, OSError) as error:
-        print(f"braindino tasks: {error}", file=sys.stderr)
-        return 1
+    if arguments.task:
+        task = load_task(arguments.task)
+        check_metrics(task)
+        print(yaml.safe_dump(as_plain(task), sort_keys=False, allow_unicode=True, width=110), end="")
+    else:
+        print(_overview())
     return 0
 
 

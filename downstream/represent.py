@@ -7,7 +7,6 @@ OUT/cka.tsv, spread.tsv, cohort_share.tsv, neighbours.tsv   see braindino.repres
 """
 
 import hashlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ import numpy as np
 import tyro
 
 from braindino.atomic import plain, write_json
+from braindino.command_line import command_line
 from braindino.downstream.config import RepresentConfig
 from braindino.downstream.feature_folders import common_scans, open_tables
 from braindino.downstream.representation import (
@@ -35,6 +35,7 @@ from braindino.feature_table import FeatureTable
 from braindino.manifest import Scan, write_scans
 from braindino.progress import track
 from braindino.provenance import code_commit, versions
+from braindino.records import read_json
 from braindino.representation_tables import (
     CKA_FILE,
     COHORT_SHARE_FILE,
@@ -55,17 +56,11 @@ FORMAT_VERSION = 1
 TABLES = (CKA_FILE, SPREAD_FILE, COHORT_SHARE_FILE, NEIGHBOURS_FILE)
 
 
+@command_line("represent")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the tables are written, 1 on an error, 130 on Ctrl-C."""
-    try:
-        config = tyro.cli(RepresentConfig, args=argv, prog="braindino represent")
-        _run(config, command=["braindino", "represent", *(sys.argv[1:] if argv is None else argv)])
-    except (ValueError, OSError) as error:
-        print(f"braindino represent: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("braindino represent: interrupted", file=sys.stderr)
-        return 130
+    config = tyro.cli(RepresentConfig, args=argv, prog="braindino represent")
+    _run(config, command=["braindino", "represent", *(sys.argv[1:] if argv is None else argv)])
     return 0
 
 
@@ -152,7 +147,7 @@ def _write_run(
     )
     path = config.out / "run.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         changed = [key for key, value in decisive.items() if before.get(key) != value]
         if changed and not config.replace:
             raise ValueError(

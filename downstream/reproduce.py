@@ -1,6 +1,5 @@
 """``braindino reproduce OUT/TASK``: the same numbers again, from what an evaluation left."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from braindino.command_line import EXIT_DIFFERENT, EXIT_DONE, command_line
 from braindino.devices import choose_device
 from braindino.downstream.cases import Cases
 from braindino.downstream.config import ReproduceConfig
@@ -28,21 +28,15 @@ from braindino.feature_table import FeatureTable
 from braindino.provenance import versions
 from braindino.task_summary import read_task_summary
 
-EXIT_SAME, EXIT_ERROR, EXIT_DIFFERENT = 0, 1, 4
 
-
+@command_line("reproduce")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when everything is the same, 4 when something differs, 1 on an error."""
-    try:
-        config = tyro.cli(ReproduceConfig, args=argv, prog="braindino reproduce")
-        found = reproduce(config)
-    except (ValueError, OSError) as error:
-        print(f"braindino reproduce: {error}", file=sys.stderr)
-        return EXIT_ERROR
+    found = reproduce(tyro.cli(ReproduceConfig, args=argv, prog="braindino reproduce"))
     for line in found:
         print(f"different: {line}")
     print("reproduced: every prediction and every number is the same" if not found else "not reproduced")
-    return EXIT_DIFFERENT if found else EXIT_SAME
+    return EXIT_DIFFERENT if found else EXIT_DONE
 
 
 def reproduce(config: ReproduceConfig) -> list[str]:

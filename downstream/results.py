@@ -35,7 +35,9 @@ from braindino.downstream.sweep import Results
 from braindino.downstream.task_table import Task, as_plain
 from braindino.downstream.trials import Trial
 from braindino.manifest import Scan
-from braindino.tables import align, read_table, write_table
+from braindino.records import read_json
+from braindino.resampling import p_text
+from braindino.tables import align, interval_text, number_text, read_table, write_table
 from braindino.task_summary import write_task_summary
 from braindino.task_tables import (
     CALIBRATION_FILE,
@@ -53,8 +55,6 @@ from braindino.task_tables import (
     StratumRow,
     SurvivalRow,
     SurvivalStep,
-    number_text,
-    p_text,
     write_rows,
 )
 
@@ -134,7 +134,7 @@ def write_run(
     }
     path = folder / "run.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         changed = [key for key, value in decisive.items() if before.get(key) != value]
         if changed and not replace:
             raise ValueError(
@@ -200,7 +200,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.is_file():
         raise ValueError(f"{folder}: no run.json; expected a task's folder as `braindino evaluate` writes it, OUT/TASK")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     if content.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{path}: found version {content.get('format_version')}; expected {FORMAT_VERSION}; evaluate again"
@@ -245,7 +245,7 @@ def read_cases(folder: Path, task: Task, scans: Sequence[Scan]) -> Cases:
 
 def read_jobs(folder: Path, cases: Cases) -> list[Job]:
     """What was trained in a run, in its order."""
-    content = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "splits.json")
     units = cases.ids if content["divided_by"] == "scan" else cases.subjects
     tests = [cases.rows_of(units, split["test"]) for split in content["splits"]]
     return [
@@ -362,8 +362,7 @@ def format_differences(differences: Sequence[Difference]) -> str:
                     f"{d.cell.ratio:g}",
                     d.cell.variant,
                     d.comparison.what,
-                    f"{number_text(d.comparison.difference)} "
-                    f"[{number_text(d.comparison.low)}, {number_text(d.comparison.high)}]",
+                    interval_text(d.comparison.difference, d.comparison.low, d.comparison.high),
                     p_text(d.comparison.p),
                     p_text(d.p_holm),
                     d.comparison.method.partition(",")[0].partition(";")[0],
@@ -400,7 +399,7 @@ def _is_simulated(folder: Path) -> bool:
     for parent in (folder, *folder.parents):
         description = parent / "dataset_description.json"
         if description.is_file():
-            content = json.loads(description.read_text(encoding="utf-8"))
+            content = read_json(description)
             return any(source.get("Name") == "braindino simulate" for source in content.get("GeneratedBy", ()))
     return False
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from braindino.command_line import command_line
 from braindino.devices import choose_device
 from braindino.downstream.cases import Cases
 from braindino.downstream.comparisons import Comparison
@@ -50,17 +51,11 @@ class Perturbed:
     missing: list[int]
 
 
+@command_line("robustness", interrupted="nothing was written")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the results are written, 1 on an error, 130 on Ctrl-C."""
-    try:
-        config = tyro.cli(RobustnessConfig, args=argv, prog="braindino robustness")
-        _run(config, command=["braindino", "robustness", *(sys.argv[1:] if argv is None else argv)])
-    except (ValueError, OSError) as error:
-        print(f"braindino robustness: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("braindino robustness: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    config = tyro.cli(RobustnessConfig, args=argv, prog="braindino robustness")
+    _run(config, command=["braindino", "robustness", *(sys.argv[1:] if argv is None else argv)])
     return 0
 
 

@@ -14,11 +14,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from braindino.atomic import plain
 from braindino.downstream.heads import Head, Training
 from braindino.manifest import SEQUENCES
+from braindino.records import read_yaml
 
 TASKS_DIR = Path(__file__).with_name("tasks")
 RATIOS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)  # paper sec. 4.3.1
@@ -201,8 +200,9 @@ def load_task(name_or_path: str | Path) -> Task:
             the key.
     """
     path = _path_of(str(name_or_path))
+    content = _read(path, seen=())
     try:
-        return task_from(_read(path, seen=()))
+        return task_from(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -240,20 +240,19 @@ def _path_of(name: str) -> Path:
 def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
     """The keys of a file laid over those of the task that it extends; sections are joined key by key."""
     if path.resolve() in seen:
-        raise ValueError("extends: goes round in a circle")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"no valid YAML ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"found {type(content).__name__}; expected keys such as name, inputs and target")
+        raise ValueError(f"{path}: extends goes round in a circle")
+    content = read_yaml(path)
     content.setdefault("name", path.stem)
     if "extends" not in content:
         return content
     base = content.pop("extends")
     if str(base) not in task_names() and not Path(str(base)).is_absolute():
         base = path.parent / str(base)
-    lower = _read(_path_of(str(base)), seen=(*seen, path.resolve()))
+    try:
+        lower_path = _path_of(str(base))
+    except ValueError as error:
+        raise ValueError(f"{path}: extends: {error}") from error
+    lower = _read(lower_path, seen=(*seen, path.resolve()))
     return _laid_over(lower, content)
 
 

@@ -3,7 +3,6 @@
 """
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from braindino.command_line import GOES_ON, command_line
 from braindino.manifest import SEQUENCES
 from nnunet_braindino import _startup
 from nnunet_braindino.convert import (
@@ -75,14 +75,10 @@ Command = (
 )
 
 
+@command_line("nnunet", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when all is done (or all is well), 3 when cases were left out, 1 on an error."""
-    command = tyro.cli(Command, args=argv, prog="braindino nnunet", description=__doc__)  # type: ignore[call-overload]
-    try:
-        return _run(command)
-    except (ValueError, OSError) as error:
-        print(f"braindino nnunet: {error}", file=sys.stderr)
-        return 1
+    return _run(tyro.cli(Command, args=argv, prog="braindino nnunet", description=__doc__))  # type: ignore[call-overload]
 
 
 def _run(command: ConvertBids | ConvertPairs | Env | Doctor) -> int:

@@ -1,6 +1,5 @@
 """``braindino convert-brats SOURCE --release NAME --dataset-id N``: a BraTS training set to an nnU-Net dataset."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from braindino.command_line import GOES_ON, command_line
 from nnunet_braindino.brats_releases import RELEASES, find_brats_cases
 from nnunet_braindino.convert import ConvertOptions, run_conversion
 from nnunet_braindino.folds import FoldRule
@@ -31,14 +31,10 @@ class ConvertBrats(ConvertOptions):
     the paper's (1000/251 cases of BraTS 2021); patients with several time points leak, and are named."""
 
 
+@command_line("convert-brats", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when all is done, 3 when cases were left out, 1 on an error."""
-    command = tyro.cli(ConvertBrats, args=argv, prog="braindino convert-brats")
-    try:
-        return _run(command)
-    except (ValueError, OSError) as error:
-        print(f"braindino convert-brats: {error}", file=sys.stderr)
-        return 1
+    return _run(tyro.cli(ConvertBrats, args=argv, prog="braindino convert-brats"))
 
 
 def _run(command: ConvertBrats) -> int:

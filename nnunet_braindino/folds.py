@@ -1,11 +1,12 @@
 """nnU-Net's ``splits_final.json``: who is trained on and who is validated on, fold by fold."""
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+from braindino.records import read_json_list
 
 NUM_FOLDS = 5
 FOLD_SEED = 0
@@ -67,7 +68,7 @@ def leaks_of_dataset(dataset_dir: Path, cases: Collection[str], subject_of: Mapp
     path = dataset_dir / "splits_final.json"
     if not path.exists():
         return []
-    splits = json.loads(path.read_text(encoding="utf-8"))
+    splits = read_json_list(path)
     scored = [split for split in splits if set(split["val"]) <= set(cases)]
     owners = {name: subject_of.get(name, name) for split in scored for side in split.values() for name in side}
     return sorted({subject for split in scored for subject in leaking_subjects(split, owners)})

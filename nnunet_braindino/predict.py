@@ -7,7 +7,6 @@ an option. A network that looks at neighbouring slices sees the whole volume as 
 """
 
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian, compute_steps_for_sliding_window
 from torch import Tensor
 
+from braindino.command_line import command_line
 from braindino.devices import choose_device
 from nnunet_braindino.context import REACH, ContextSegmenter
 from nnunet_braindino.encoder_checkpoint import FINAL_CHECKPOINT
@@ -202,14 +202,10 @@ class Segment:
     """Leave out cases that are there already."""
 
 
+@command_line("segment")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when all is done, 1 on an error."""
-    command = tyro.cli(Segment, args=argv, prog="braindino segment", description=__doc__)
-    try:
-        segment(command)
-    except (ValueError, OSError) as error:
-        print(f"braindino segment: {error}", file=sys.stderr)
-        return 1
+    segment(tyro.cli(Segment, args=argv, prog="braindino segment", description=__doc__))
     return 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from braindino.atomic import write_json
+from braindino.records import read_json, read_json_list
 from nnunet_braindino.raw_dataset import FILE_ENDING, raw_dir
 
 SOURCE_FILE = "prediction_source.json"
@@ -172,7 +173,7 @@ def _check_complete(fold: Path, dataset: str, found: Mapping[str, Path]) -> None
     path = Path(folder) / dataset / "splits_final.json"
     if not folder or not path.exists():
         return
-    expected = json.loads(path.read_text(encoding="utf-8"))[int(fold.name.removeprefix("fold_"))]["val"]
+    expected = read_json_list(path)[int(fold.name.removeprefix("fold_"))]["val"]
     missing = sorted(set(expected) - found.keys())
     if missing:
         raise ValueError(
@@ -214,7 +215,7 @@ def _read_regions(*candidates: Path) -> dict[str, tuple[int, ...]]:
     """Region name -> label values, without the background, from the first ``dataset.json`` that is there."""
     for path in candidates:
         if path.is_file():
-            labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+            labels = read_json(path)["labels"]
             return {
                 name: tuple(value) if isinstance(value, list) else (value,)
                 for name, value in labels.items()

@@ -1,7 +1,6 @@
 """``braindino segment-eval PREDICTIONS --out OUT``: from predictions to the table (paper sec. 4.3.1, 4.7; Fig. 3a)."""
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from braindino.atomic import replace_file, write_text
+from braindino.command_line import command_line
 from braindino.robustness_table import format_robustness, write_robustness
 from braindino.segmentation_scores import write_comparisons, write_overview, write_scores
 from braindino.tables import read_table
@@ -60,14 +60,10 @@ class SegmentEval:
     """Processes."""
 
 
+@command_line("segment-eval")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when all is scored, 1 on an error."""
-    command = tyro.cli(SegmentEval, args=argv, prog="braindino segment-eval", config=(tyro.conf.OmitArgPrefixes,))
-    try:
-        return _run(command)
-    except (ValueError, OSError) as error:
-        print(f"braindino segment-eval: {error}", file=sys.stderr)
-        return 1
+    return _run(tyro.cli(SegmentEval, args=argv, prog="braindino segment-eval", config=(tyro.conf.OmitArgPrefixes,)))
 
 
 def _run(command: SegmentEval) -> int:

@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from braindino.manifest import SEQUENCES
+from braindino.records import read_yaml
 
 COHORTS_DIR = Path(__file__).with_name("cohorts")
 READERS = ("bids", "template", "loni", "dicom", "fastmri")
@@ -300,7 +299,10 @@ def load_cohort(name_or_path: str) -> CohortRow:
         ValueError: no such row (names the close ones) or file, or the file is not of the form; names file and key.
     """
     if "/" in name_or_path or name_or_path.lower().endswith((".yaml", ".yml")):
-        return _read_row(Path(name_or_path).expanduser())
+        path = Path(name_or_path).expanduser()
+        if not path.is_file():
+            raise ValueError(f"--cohort {name_or_path!r}: no such file; expected a YAML file with a cohort")
+        return _read_row(path)
     name = name_or_path.lower().replace("_", "-")
     paths = {path.stem: path for path in COHORTS_DIR.glob("*.yaml")}
     if name not in paths:
@@ -326,7 +328,7 @@ def _read_packaged_row(path: Path) -> CohortRow:
 
 
 def _read_row(path: Path) -> CohortRow:
-    content = _read_yaml(path)
+    content = read_yaml(path)
     row = _Mapping(content, str(path), "the file")
     if row.has("extends"):
         row.content = {**_packaged_content(row.text("extends")), **row.content}
@@ -379,20 +381,11 @@ def _read_row(path: Path) -> CohortRow:
     return result
 
 
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a YAML file with a cohort") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not YAML in UTF-8: {' '.join(str(error).split())}") from error
-
-
 def _packaged_content(name: str) -> dict[str, Any]:
     """What a row that comes with the program says, to be changed by one that extends it."""
     path = Path(load_cohort(name).path)
     # What the row is to the paper does not pass on to its variants.
-    return {key: value for key, value in _read_yaml(path).items() if key not in ("roles", "numbers")}
+    return {key: value for key, value in read_yaml(path).items() if key not in ("roles", "numbers")}
 
 
 def _patterns(row: "_Mapping") -> tuple[re.Pattern[str], ...]:

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from urllib.request import Request, urlopen
 import tyro
 
 from braindino.atomic import write_json
+from braindino.command_line import command_line
 from braindino.file_digest import file_digest
 
 # As HD_BET.paths of version 2.0.1 has them.
@@ -74,16 +74,10 @@ class Expected:
     size: int | None = None
 
 
+@command_line("fetch-hd-bet", interrupted="the same command goes on where it stopped")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
-    try:
-        folder = fetch(tyro.cli(FetchOptions, args=argv, prog="braindino fetch-hd-bet"))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+    """Exit code 0 when the weights are there, 1 on an error."""
+    folder = fetch(tyro.cli(FetchOptions, args=argv, prog="braindino fetch-hd-bet"))
     print(f"{folder / CHECKPOINT}: sha256 {checkpoint_sha256(folder)}")
     if folder != model_folder():
         print(f"this is not where it will be looked for: export {ENVIRONMENT}={folder.parents[len(FOLDER) - 1]}")

@@ -8,7 +8,6 @@ import io
 import math
 import os
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
+from braindino.command_line import EXIT_DONE, EXIT_PARTIAL, command_line
 from braindino.manifest import Scan, read_scans
 from braindino.preprocessing.cohort_table import CohortRow, KeyColumn, LabelColumn, LabelTable, iso_date, load_cohort
 from braindino.tables import write_table
@@ -27,7 +27,6 @@ DAYS_PER_YEAR = 365.25
 EXAMPLES_PER_PROBLEM = 3
 WORKBOOKS = (".xlsx", ".xlsm", ".xls")
 ALWAYS_MISSING = ("", "n/a", "na", "nan")
-EXIT_DONE, EXIT_ERROR, EXIT_INCOMPLETE = 0, 1, 3
 
 _ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
@@ -92,18 +91,15 @@ class TidyLabels:
     contradicted: set[tuple[Key, str]] = field(default_factory=set)
 
 
+@command_line("labels")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
-    try:
-        options = tyro.cli(LabelsOptions, args=argv, prog="braindino labels")
-        scans = read_scans(options.scans) if options.scans else []
-        labels = read_labels(load_cohort(options.cohort), options.sources, name=options.cohort_name, scans=scans)
-        write_labels(options.out, labels)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+    """Exit code 0 when the table was written, 3 when rows of the sources could not be used, 1 on an error."""
+    options = tyro.cli(LabelsOptions, args=argv, prog="braindino labels")
+    scans = read_scans(options.scans) if options.scans else []
+    labels = read_labels(load_cohort(options.cohort), options.sources, name=options.cohort_name, scans=scans)
+    write_labels(options.out, labels)
     print(summary(labels, options.out, scans))
-    return EXIT_INCOMPLETE if labels.problems else EXIT_DONE
+    return EXIT_PARTIAL if labels.problems else EXIT_DONE
 
 
 def read_labels(cohort: CohortRow, sources: Sequence[str], *, name: str = "", scans: Iterable[Scan] = ()) -> TidyLabels:

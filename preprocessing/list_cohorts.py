@@ -1,6 +1,5 @@
 """``braindino cohorts``: the table of cohorts, and one row of it in full."""
 
-import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from braindino.command_line import command_line
 from braindino.preprocessing.cohort_table import (
     CohortRow,
     IdRule,
@@ -18,7 +18,6 @@ from braindino.preprocessing.cohort_table import (
     load_cohort,
 )
 
-EXIT_DONE, EXIT_ERROR = 0, 1
 WIDTH = 120
 
 
@@ -30,18 +29,15 @@ class CohortsOptions:
     """Rows to show in full: names, or files of your own."""
 
 
+@command_line("cohorts")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
+    """Exit code 0, or 1 when there is no such cohort."""
     options = tyro.cli(CohortsOptions, args=argv, prog="braindino cohorts")
-    try:
-        if options.names:
-            print("\n\n".join(in_full(load_cohort(name)) for name in options.names))
-        else:
-            print(overview(list_cohorts()))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
-    return EXIT_DONE
+    if options.names:
+        print("\n\n".join(in_full(load_cohort(name)) for name in options.names))
+    else:
+        print(overview(list_cohorts()))
+    return 0
 
 
 def overview(rows: Sequence[CohortRow]) -> str:

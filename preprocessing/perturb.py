@@ -8,7 +8,6 @@ DIR/clean/                        the files of SOURCE as they are, byte for byte
     perturb.tsv                   a row for every file of SOURCE: what became of it, and why
 """
 
-import json
 import os
 import shutil
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 import tyro
 
 from braindino.atomic import plain, replace_file, write_json
+from braindino.command_line import EXIT_DONE, EXIT_PARTIAL, GOES_ON, command_line
 from braindino.lock import lock_folder
 from braindino.manifest import Scan
 from braindino.perturbations import (
@@ -44,13 +44,13 @@ from braindino.preprocessing.skull_strip import looks_stripped
 from braindino.preprocessing.worker_pool import WorkerDied, run_tasks
 from braindino.progress import track
 from braindino.provenance import code_commit, versions
+from braindino.records import read_json
 from braindino.splits import read_subjects
 from braindino.tables import read_table, write_table
 from braindino.volume import VolumeError, file_grid, load_volume, save_on_grid
 
 FORMAT_VERSION = 1
 RECORD, TABLE = "perturb.json", "perturb.tsv"
-EXIT_DONE, EXIT_ERROR, EXIT_QUARANTINED, EXIT_INTERRUPTED = 0, 1, 3, 130
 SECONDS_BETWEEN_TABLES = 30.0
 # What goes along with scans; anything else that is no image, such as an archive, is not written fourteen times.
 SIDECARS = (".tsv", ".csv", ".json", ".txt", ".md", ".yaml", ".yml", ".xml", ".xls", ".xlsx", ".bval", ".bvec")
@@ -200,19 +200,11 @@ class Perturber:
         return target
 
 
+@command_line("perturb", errors=(RuntimeError,), interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
-    try:
-        options = tyro.cli(PerturbOptions, args=argv, prog="braindino perturb")
-        return perturb_cohort(
-            options, command=["braindino", "perturb", *(sys.argv[1:] if argv is None else map(str, argv))]
-        )
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"braindino perturb: {error}", file=sys.stderr)
-        return EXIT_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    """Exit code 0 when all scans were perturbed, 3 when some were quarantined, 1 on an error."""
+    options = tyro.cli(PerturbOptions, args=argv, prog="braindino perturb")
+    return perturb_cohort(options, command=["braindino", "perturb", *(sys.argv[1:] if argv is None else argv)])
 
 
 def perturb_cohort(options: PerturbOptions, *, command: Sequence[str]) -> int:
@@ -254,7 +246,7 @@ def perturb_cohort(options: PerturbOptions, *, command: Sequence[str]) -> int:
         finally:
             _write_rows(out, done)
     _print_summary(options, list(done.values()), conditions)
-    return EXIT_QUARANTINED if any(row.status == "quarantined" for row in done.values()) else EXIT_DONE
+    return EXIT_PARTIAL if any(row.status == "quarantined" for row in done.values()) else EXIT_DONE
 
 
 def find_rows(options: PerturbOptions) -> list[Row]:
@@ -393,7 +385,7 @@ def _write_record(options: PerturbOptions, conditions: Sequence[Condition], comm
     }
     names = [condition.name for condition in conditions]
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         if before.get("version") != FORMAT_VERSION:
             raise ValueError(f"{path}: version {before.get('version')}; expected {FORMAT_VERSION}; give another --out")
         changed = [key for key, value in settings.items() if before["settings"].get(key) != value]

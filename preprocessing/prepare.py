@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tyro
 
+from braindino.command_line import EXIT_DONE, EXIT_PARTIAL, GOES_ON, command_line
 from braindino.lock import lock_folder
 from braindino.manifest import Scan
 from braindino.parts import part_of
@@ -29,21 +30,14 @@ from braindino.progress import track
 from braindino.slice_store import SliceStore, SliceStoreWriter
 
 SECONDS_BETWEEN_TABLES = 30.0
-EXIT_DONE, EXIT_ERROR, EXIT_QUARANTINED, EXIT_INTERRUPTED = 0, 1, 3, 130
 EXAMPLES_PER_REASON = 3
 
 
+@command_line("prepare", errors=(RuntimeError,), interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
-    try:
-        options = tyro.cli(PrepareOptions, args=argv, prog="braindino prepare")
-        return dry_run(options) if options.dry_run else prepare(options)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_ERROR
-    except KeyboardInterrupt:
-        print("interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    """Exit code 0 when all scans were prepared, 3 when some were quarantined, 1 on an error."""
+    options = tyro.cli(PrepareOptions, args=argv, prog="braindino prepare")
+    return dry_run(options) if options.dry_run else prepare(options)
 
 
 def prepare(options: PrepareOptions) -> int:
@@ -87,7 +81,7 @@ def prepare(options: PrepareOptions) -> int:
             store = _publish(cases)
             pages = draw_montages(options.out / "montages", store, cases.rows())
             _print_summary(rows, num_new=num_done, out_dir=options.out, pages=pages)
-    return EXIT_QUARANTINED if any(row.status == "quarantined" for row in rows) else EXIT_DONE
+    return EXIT_PARTIAL if any(row.status == "quarantined" for row in rows) else EXIT_DONE
 
 
 def dry_run(options: PrepareOptions) -> int:

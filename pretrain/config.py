@@ -379,17 +379,6 @@ def overlay(config: Any, values: dict[str, Any], *, source: str) -> Any:
     return _overlay(config, values, source, prefix="")
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, such as the config.yaml of a run, as a nested dictionary."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not a YAML file: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: found {type(values).__name__}; expected settings as `name: value`")
-    return values
-
-
 def dump_config(config: PretrainConfig) -> str:
     """The resolved settings as YAML."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False)

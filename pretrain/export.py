@@ -9,7 +9,6 @@ appears whole or not at all, after the weights in it were read back and found eq
 import json
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ import tyro
 from safetensors.torch import save_file
 
 from braindino.atomic import replace_file, sync, write_json, write_text
+from braindino.command_line import command_line
 from braindino.file_digest import file_digest
 from braindino.leakage import EXPOSURE_FILE, exposure_of_encoder, write_exposure
 from braindino.pretrain.checkpoint import load_newest_checkpoint
-from braindino.pretrain.config import read_config_file
 from braindino.pretrain.loading_snippet import WEIGHTS_FILE, Format, check_expressible, loading_snippet
 from braindino.pretrain.model_card import LICENSE_NOT_STATED, Origin, write_card
+from braindino.records import read_json, read_yaml
 from braindino.vision_transformer import VisionTransformer
 from braindino.weights import (
     EPS_KEY,
@@ -79,22 +79,19 @@ class Exported(NamedTuple):
     """False when the same export was there already."""
 
 
+@command_line("export")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the export is there, 1 on an error, 2 (from tyro) on wrong usage."""
     options = tyro.cli(ExportOptions, args=argv, prog="braindino export")
-    try:
-        exported = export_encoder(
-            options.run,
-            options.format,
-            options.out,
-            with_heads=options.with_heads,
-            license=options.license,
-            datasets=options.datasets,
-            title=options.title,
-        )
-    except (ValueError, OSError) as error:
-        print(f"braindino export: {error}", file=sys.stderr)
-        return 1
+    exported = export_encoder(
+        options.run,
+        options.format,
+        options.out,
+        with_heads=options.with_heads,
+        license=options.license,
+        datasets=options.datasets,
+        title=options.title,
+    )
     print(f"{exported.folder}: {'written' if exported.is_new else 'holds this export already, left as it is'}")
     if options.license is None:
         print(f"licence: {LICENSE_NOT_STATED} in the model card; give it with --license before you pass this on")
@@ -256,8 +253,8 @@ def _origin(source: str | Path, run_dir: Path | None) -> Origin:
     record: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     if run_dir is not None:
-        record = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-        settings = read_config_file(run_dir / "config.yaml")
+        record = read_json(run_dir / "run.json")
+        settings = read_yaml(run_dir / "config.yaml")
     return Origin(
         source=_name_of(run_dir or source),
         notes=facts.get("notes", ""),

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from braindino.pretrain.checkpoint import load_newest_checkpoint
-from braindino.pretrain.config import read_config_file
 from braindino.pretrain.distillation import Network
 from braindino.pretrain.loading_snippet import architecture_name
+from braindino.records import read_yaml
 from braindino.vision_transformer import VisionTransformer
 from braindino.weights import TEACHER_EPS, load_encoder, load_heads
 
@@ -39,7 +39,7 @@ def resolve_layer_norm_eps(stated: float | None, *, source: Path | None, config_
     if stated is not None:
         return stated
     for path in (config_path, *([source / "config.yaml"] if source is not None and is_run(source) else [])):
-        recorded = read_config_file(path).get("model", {}).get("layer_norm_eps") if path.is_file() else None
+        recorded = read_yaml(path).get("model", {}).get("layer_norm_eps") if path.is_file() else None
         if recorded is not None:
             return float(recorded)
     if source is None or is_run(source):

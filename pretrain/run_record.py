@@ -1,13 +1,13 @@
 """What a run is: RUN/config.yaml (settings) and RUN/run.json (recipe, data, versions), written once, then compared."""
 
-import json
 from typing import Any
 
 from braindino.atomic import write_json, write_text
-from braindino.pretrain.config import PretrainConfig, changed_settings, config_to_dict, dump_config, read_config_file
+from braindino.pretrain.config import PretrainConfig, changed_settings, config_to_dict, dump_config
 from braindino.pretrain.distributed import Division
 from braindino.pretrain.exclusion import Exclusion
 from braindino.provenance import code_commit, versions
+from braindino.records import read_json, read_yaml
 
 
 def record_run(
@@ -39,8 +39,8 @@ def record_run(
         "versions": versions(),
     }
     if config_path.exists() and record_path.exists():
-        changes = changed_settings(read_config_file(config_path), config_to_dict(config))
-        changes += _changed_data(json.loads(record_path.read_text(encoding="utf-8")), record)
+        changes = changed_settings(read_yaml(config_path), config_to_dict(config))
+        changes += _changed_data(read_json(record_path), record)
         if changes:
             raise ValueError(
                 f"{config.out} holds a run with other settings ({'; '.join(changes)}); "

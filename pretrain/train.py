@@ -24,6 +24,7 @@ import tyro
 
 from braindino import own_kernels
 from braindino.allocation import give_back_large_arrays
+from braindino.command_line import EXIT_ERROR, command_line
 from braindino.leakage import Crosswalk
 from braindino.lock import lock_folder
 from braindino.metrics_log import append_metrics, drop_metrics_after, read_metrics
@@ -36,7 +37,6 @@ from braindino.pretrain.config import (
     SamplingConfig,
     config_to_dict,
     overlay,
-    read_config_file,
 )
 from braindino.pretrain.data import BatchReader, build_loader, reading, split_batch
 from braindino.pretrain.demo_data import make_demo_store
@@ -89,6 +89,7 @@ from braindino.pretrain.schedules import build_schedules, effective_lr
 from braindino.pretrain.trackers import Trackers
 from braindino.pretrain.views import build_views
 from braindino.progress import track
+from braindino.records import read_yaml
 from braindino.slice_store import SliceStore
 from braindino.splits import read_subjects
 from braindino.vision_transformer import VisionTransformer
@@ -100,6 +101,7 @@ MAX_INITIAL_DIFFERENCE = 0.1
 NOT_FINITE = "loss or gradient is not finite"
 
 
+@command_line("pretrain", errors=(FloatingPointError,), interrupted="the same command goes on from the last checkpoint")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one pretraining command; the exit code (0 done or stopped on request, 1 error, 2 usage)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -110,10 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             pretrain(config, recipe=recipe)
     except MainProcessError:
-        return 1
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return EXIT_ERROR
     return 0
 
 
@@ -124,7 +123,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[str, PretrainConfig]:
     known, rest = parser.parse_known_args(arguments)
     recipes = dict(RECIPES)
     if known.config is not None:
-        values = read_config_file(known.config)
+        values = read_yaml(known.config)
         recipes = {
             name: (text, overlay(config, values, source=str(known.config))) for name, (text, config) in RECIPES.items()
         }

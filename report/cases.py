@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from braindino.manifest import Scan, read_scans
+from braindino.report.finite import finite_numbers
 from braindino.report.markup import Html, Section, element, figure, join, page, picture, table
 from braindino.report.print_style import thumbnail
-from braindino.report.records import numbers
 from braindino.report.sections import SCANS_PAGE
 from braindino.report.segmentation_figures import FILE_ENDING, contour_figure, cut_case, read_regions
 from braindino.segmentation_scores import SegmentationScores
@@ -286,7 +286,7 @@ def _case_score(case: str, rows: Sequence[Mapping[str, str]]) -> CaseScore:
     if probability in rows[0]:
         mean = float(np.mean([float(row[probability]) for row in rows]))
         return CaseScore(case, subject, target, votes.most_common(1)[0][0], -mean, f"{mean:.3f}", trials)
-    values, truth = numbers(row["predicted"] for row in rows), numbers([target])
+    values, truth = finite_numbers(row["predicted"] for row in rows), finite_numbers([target])
     if len(values) == trials and truth and not _are_classes(rows):
         error = float(np.mean(np.abs(np.array(values) - truth[0])))
         return CaseScore(case, subject, f"{truth[0]:.4g}", f"{np.mean(values):.4g}", error, f"{error:.3g}", trials)
@@ -331,7 +331,7 @@ def _measure_words(rows: Sequence[Mapping[str, str]]) -> str:
         return "pairs ranked wrongly"
     if any(name.startswith("probability_") for name in rows[0]):
         return "probability of the truth"
-    return "predicted rightly" if _are_classes(rows) or not numbers([rows[0]["target"]]) else "absolute error"
+    return "predicted rightly" if _are_classes(rows) or not finite_numbers([rows[0]["target"]]) else "absolute error"
 
 
 def _outlines(ranked: Sequence[str], folder: Path, root: Path) -> dict[str, bytes]:

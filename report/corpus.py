@@ -1,6 +1,5 @@
 """``braindino stats STORE --out DIR``: what a slice store is made of, as the paper's Fig. 1a: a table and a figure."""
 
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from braindino.atomic import replace_file, write_text
+from braindino.command_line import command_line
 from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, Scan
 from braindino.report.figures import INK, NEUTRAL, SERIES, SOFT, STYLE, svg
 from braindino.slice_store import SliceStore
@@ -60,20 +60,17 @@ class CorpusRow(NamedTuple):
     slices: int
 
 
+@command_line("stats")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when table and figure were written, 1 on an error."""
     options = tyro.cli(StatsOptions, args=argv, prog="braindino stats")
-    try:
-        store = SliceStore(store_folder(options.store))
-        rows = count_corpus(store.scans, store.slices_per_scan.tolist())
-        write_table(options.out / "corpus.tsv", COLUMNS, rows)
-        figure = corpus_figure(rows)
-        write_text(options.out / "corpus.svg", svg(figure, salt="corpus"))
-        with replace_file(options.out / "corpus.png") as temporary, mpl.rc_context(STYLE):
-            figure.savefig(temporary, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    except (ValueError, OSError) as error:
-        print(f"braindino stats: {error}", file=sys.stderr)
-        return 1
+    store = SliceStore(store_folder(options.store))
+    rows = count_corpus(store.scans, store.slices_per_scan.tolist())
+    write_table(options.out / "corpus.tsv", COLUMNS, rows)
+    figure = corpus_figure(rows)
+    write_text(options.out / "corpus.svg", svg(figure, salt="corpus"))
+    with replace_file(options.out / "corpus.png") as temporary, mpl.rc_context(STYLE):
+        figure.savefig(temporary, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     print(_aligned(rows))
     print(options.out / "corpus.tsv")
     return 0

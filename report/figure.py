@@ -4,7 +4,6 @@ Every figure is kept four times, PATH.pdf, .svg, .png (300 dpi) and the table be
 them all.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from braindino.command_line import command_line
 from braindino.encoders.catalogue import load_volume_encoder
 from braindino.manifest import SEQUENCES
 from braindino.patch_maps import (
@@ -315,6 +315,7 @@ FIGURES: Mapping[str, type[Figure]] = {
 }
 
 
+@command_line("figure")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the four files were written, 1 on an error."""
     figure = tyro.extras.subcommand_cli_from_dict(
@@ -323,12 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="braindino figure",
         description="A paper figure from the tables that the other verbs wrote: PDF, SVG, PNG and the table behind it.",
     )
-    try:
-        drawing = figure.draw()
-        paths = save_drawing(drawing, figure.out)
-    except (ValueError, OSError) as error:
-        print(f"braindino figure: {error}", file=sys.stderr)
-        return 1
+    drawing = figure.draw()
+    paths = save_drawing(drawing, figure.out)
     print(drawing.caption)
     print("\n".join(str(path) for path in paths))
     return 0

@@ -17,6 +17,7 @@ import tyro
 
 from braindino import __version__
 from braindino.atomic import write_text
+from braindino.command_line import command_line
 from braindino.report import maps, result_sections, sections
 from braindino.report.cases import CASES_FOLDER, ScanIndex, scans_page
 from braindino.report.markup import Html, Section, element, page
@@ -73,15 +74,12 @@ class Report(NamedTuple):
     problems: tuple[str, ...]
 
 
+@command_line("report")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the page was written, 1 when there is nothing to show or a file could not be read."""
-    config = tyro.cli(tyro.conf.Positional[ReportConfig], args=argv)
-    try:
-        report = build_report(config.directory)
-        path = write_report(report, config.directory / "report")
-    except (ValueError, OSError) as error:
-        print(f"braindino report: {error}", file=sys.stderr)
-        return 1
+    config = tyro.cli(tyro.conf.Positional[ReportConfig], args=argv, prog="braindino report")
+    report = build_report(config.directory)
+    path = write_report(report, config.directory / "report")
     for problem in report.problems:
         print(f"braindino report: {problem}", file=sys.stderr)
     print(path)

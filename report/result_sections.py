@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from braindino.leakage import NO_OVERLAP
+from braindino.records import read_json
 from braindino.report import figures, representation_figures, robustness_figures, survival_figures, task_figures
 from braindino.report.cases import (
     ScanIndex,
@@ -21,9 +22,9 @@ from braindino.report.cases import (
     scans_of_cases,
     segmentation_page,
 )
+from braindino.report.finite import finite_numbers
 from braindino.report.markup import Html, details, drawing, element, figure, join, table
 from braindino.report.print_style import Drawing, TooManySeriesError
-from braindino.report.records import numbers, read_json
 from braindino.report.sections import TALL_FROM_ROWS, Content, drawn, gallery, link_to, make_content
 from braindino.report.segmentation_figures import dice_ratio_figure
 from braindino.representation_tables import CKA_FILE, SPREAD_FILE, read_cka, read_spread
@@ -75,7 +76,7 @@ def segmentation_section(root: Path) -> Content:
             "A number leads to its cases."
         )
         of_case = {
-            name: {region: numbers(case[region] for case in scores[name].cases.values()) for region in regions}
+            name: {region: finite_numbers(case[region] for case in scores[name].cases.values()) for region in regions}
             for name in names
         }
         parts += [

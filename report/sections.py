@@ -20,10 +20,11 @@ from PIL import Image
 from braindino.manifest import SEQUENCES, UNKNOWN_SEQUENCE, Scan, read_scans
 from braindino.metrics_log import read_metrics
 from braindino.provenance import versions
+from braindino.records import read_json, read_yaml
 from braindino.report import figures
+from braindino.report.finite import finite_numbers
 from braindino.report.markup import Html, details, drawing, element, figure, join, picture, table, tiles
 from braindino.report.print_style import Drawing
-from braindino.report.records import numbers, read_json, read_yaml
 from braindino.scan_quality import LIMITS, ScanQuality, read_quality
 from braindino.tables import Table, read_table
 
@@ -101,7 +102,7 @@ def cohort_section(root: Path) -> Content:
     rows = participants.rows
     scans = [_bids_sequence(file.name) for file in sorted(path.parent.glob("sub-*/**/anat/*.nii*"))]
     visits = [folder for folder in path.parent.glob("sub-*/ses-*") if folder.is_dir()]
-    ages = numbers(row.get("age") for row in rows)
+    ages = finite_numbers(row.get("age") for row in rows)
     sites = Counter(row["site"] for row in rows if row.get("site"))
     sequences = Counter(scans)
     in_order = {name: sequences[name] for name in (*SEQUENCES, UNKNOWN_SEQUENCE) if sequences[name]}

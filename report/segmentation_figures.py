@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from braindino.records import read_json
 from braindino.report.curve_panels import CurvePanel, CurvePoint, CurveTest, curve_figure, small_print
 from braindino.report.print_style import PAGE_MM, STYLE, Drawing, add_foot, inches, looks_of, short, stars
-from braindino.report.records import read_json
 from braindino.segmentation_scores import Comparison, OverviewRow
 from braindino.slices import axial_slices
 from braindino.volume import Volume, load_labels, load_volume

@@ -1,8 +1,6 @@
 """``braindino simulate``: a simulated cohort in BIDS, the same bytes for the same seed."""
 
-import json
 import shutil
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -14,8 +12,10 @@ import tyro
 
 import braindino
 from braindino.atomic import write_json, write_text
+from braindino.command_line import GOES_ON, command_line
 from braindino.lock import lock_folder
 from braindino.progress import track
+from braindino.records import read_json
 from braindino.simulation import bids
 from braindino.simulation.anatomy import (
     Template,
@@ -40,13 +40,10 @@ PARAMETERS_PATH = Path("code", "simulation.json")
 UNFINISHED_FOLDER = ".unfinished"
 
 
+@command_line("simulate", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a cohort; 0 when it is all there, 1 with one line on standard error when it cannot be."""
-    try:
-        tyro.cli(_simulate, args=argv, prog="braindino simulate")
-    except (ValueError, OSError) as error:
-        print(f"braindino simulate: {error}", file=sys.stderr)
-        return 1
+    tyro.cli(_simulate, args=argv, prog="braindino simulate")
     return 0
 
 
@@ -200,7 +197,7 @@ def _claim(out_dir: Path, wanted: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, wanted)
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         name = different[0]

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from braindino.command_line import command_line
 from braindino.devices import choose_device
 from braindino.encoders.catalogue import load_volume_encoder
 from braindino.encoders.options import parse_options
@@ -67,18 +68,12 @@ class ViewConfig:
             raise ValueError(f"--port: found {self.port}; expected 1024 to 65535, or 0 for any that is free")
 
 
+@command_line("view")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when it was ended (Ctrl-C), 1 on an error, before anything is served."""
-    try:
-        config = tyro.cli(ViewConfig, args=argv, prog="braindino view")
-        session = build_session(config)
-        server = ViewServer(session, port=config.port)
-    except (ValueError, OSError) as error:
-        print(f"braindino view: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    with server:
+    config = tyro.cli(ViewConfig, args=argv, prog="braindino view")
+    session = build_session(config)
+    with ViewServer(session, port=config.port) as server:
         print(f"view: {server.url}", flush=True)
         print("view: on this machine only; whoever has this address can look. Ctrl-C ends it.", flush=True)
         if config.browser and not webbrowser.open(server.url):

@@ -1,6 +1,7 @@
 """The front door, its doctor, the hold-out verb and chains of commands."""
 
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from braindino.steps import Step, run_steps
 
 def test_every_verb_has_a_program_behind_it() -> None:
     for name, verb in cli.VERBS.items():
-        assert callable(importlib.import_module(verb.module).main), name
+        module = importlib.import_module(verb.module)
+        assert callable(module.main), name
+        assert f'@command_line("{name}"' in inspect.getsource(module), f"{name}: its errors would be tracebacks"
 
 
 @pytest.mark.parametrize("name", sorted(cli.VERBS))

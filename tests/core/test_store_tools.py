@@ -184,8 +184,7 @@ def test_a_killed_merge_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "link", mortal)
-    with pytest.raises(KeyboardInterrupt):
-        merge(command)
+    assert merge(command) == 130
     monkeypatch.undo()
     assert not (tmp_path / "out" / "store.json").exists()
     assert any(path.name.startswith(".tmp-") for path in (tmp_path / "out").rglob("*"))

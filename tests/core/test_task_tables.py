@@ -4,12 +4,12 @@ import math
 
 import pytest
 
+from braindino.resampling import p_text
 from braindino.task_tables import (
     CalibrationRow,
     ComparisonRow,
     SurvivalRow,
     SurvivalStep,
-    p_text,
     read_predictions,
     read_rows,
     write_rows,

@@ -196,7 +196,7 @@ def test_a_wrong_name_lists_the_close_ones():
         ValueError, match=r"--cohort 'brats2023-meningioma': no such cohort, did you mean brats2023-men"
     ):
         load_cohort("brats2023-meningioma")
-    with pytest.raises(ValueError, match=r"nowhere.yaml: cannot be read \(No such file"):
+    with pytest.raises(ValueError, match=r"--cohort 'nowhere.yaml': no such file"):
         load_cohort("nowhere.yaml")
     assert load_cohort("UPENN_GBM") is load_cohort("upenn-gbm")
 

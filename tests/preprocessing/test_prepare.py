@@ -358,7 +358,7 @@ def test_a_dry_run_counts_and_writes_nothing(cohort, tmp_path, capsys):
 def test_wrong_arguments_are_one_clear_message(cohort, tmp_path, capsys):
     out = ["--out", str(tmp_path / "prepared")]
     assert main([str(tmp_path / "nowhere"), *out]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/nowhere: no such file or folder")
+    assert capsys.readouterr().err.startswith(f"braindino prepare: {tmp_path}/nowhere: no such file or folder")
     for wrong, message in (
         ([str(cohort), "--subject-pattern", "("], "unterminated"),
         ([str(cohort), "--subject-pattern", "x"], "(?P<subject>"),

@@ -13,10 +13,10 @@ from braindino.pretrain.config import (
     config_to_dict,
     dump_config,
     overlay,
-    read_config_file,
 )
 from braindino.pretrain.recipes import DEBUG, STAGE1, STAGE2
 from braindino.pretrain.train import parse_arguments
+from braindino.records import read_yaml
 
 
 def test_stage_1_has_the_numbers_of_the_paper() -> None:
@@ -56,7 +56,7 @@ def test_settings_survive_a_round_trip_through_yaml(tmp_path: Path) -> None:
     config = dataclasses.replace(STAGE2, store=Path("store"), out=Path("run"), seed=7)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     blank = dataclasses.replace(STAGE1, store=Path("x"), out=Path("y"))
-    assert overlay(blank, read_config_file(tmp_path / "config.yaml"), source="file") == config
+    assert overlay(blank, read_yaml(tmp_path / "config.yaml"), source="file") == config
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_file_with_unknown_or_wrong_settings_is_refused(values: dict, message:
 
 def test_yaml_numbers_like_1e_4_are_read_as_numbers(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("optimizer: {base_lr: 3e-4}\n")
-    assert overlay(STAGE1, read_config_file(tmp_path / "my.yaml"), source="my.yaml").optimizer.base_lr == 3e-4
+    assert overlay(STAGE1, read_yaml(tmp_path / "my.yaml"), source="my.yaml").optimizer.base_lr == 3e-4
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path: Path) -> None:

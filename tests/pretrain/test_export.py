@@ -377,8 +377,8 @@ def test_a_native_export_is_the_runs_own_file(run: Path, tmp_path: Path):
 
 
 def test_heads_travel_with_a_teacher_file_and_a_run_can_start_from_them(run: Path, tmp_path: Path):
-    from braindino.pretrain.config import read_config_file
     from braindino.pretrain.distillation import build_student, build_teacher
+    from braindino.records import read_yaml
 
     export_encoder(run, "teacher", tmp_path / "out", with_heads=True)
     checkpoint = load_newest_checkpoint(run)
@@ -387,7 +387,7 @@ def test_heads_travel_with_a_teacher_file_and_a_run_can_start_from_them(run: Pat
     state = torch.load(tmp_path / "out" / "teacher_checkpoint.pth", weights_only=True)["teacher"]
     assert sorted(state) == sorted(key.replace("encoder.", "backbone.", 1) for key in teacher)
     assert len([key for key in state if key.startswith("ibot_head.")]) == 7
-    student = build_student(**read_config_file(run / "config.yaml")["model"], seed=3)
+    student = build_student(**read_yaml(run / "config.yaml")["model"], seed=3)
     lines = start_from(student, build_teacher(student), tmp_path / "out" / "teacher_checkpoint.pth")
     assert lines[1:] == ["dino_head: from the file", "ibot_head: from the file"]
     assert all(torch.equal(value, teacher[key]) for key, value in student.state_dict().items())

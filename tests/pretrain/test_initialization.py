@@ -12,10 +12,10 @@ from braindino.leakage import EXPOSURE_FILE, read_exposure
 from braindino.manifest import Scan
 from braindino.metrics_log import read_metrics
 from braindino.pretrain.checkpoint import load_newest_checkpoint, save_checkpoint
-from braindino.pretrain.config import read_config_file
 from braindino.pretrain.distillation import Centre, Network, build_student, build_teacher
 from braindino.pretrain.initialization import resolve_layer_norm_eps, start_from
 from braindino.pretrain.train import main
+from braindino.records import read_yaml
 from braindino.slice_store import SliceStoreWriter
 from braindino.vision_transformer import VisionTransformer, vit_tiny
 from braindino.weights import (
@@ -252,7 +252,7 @@ def test_a_run_takes_over_the_eps_of_public_weights_records_it_and_resumes_witho
     assert f"starting from the encoder {weights}" in told
     assert "LayerNorm eps 1e-05, taken over from it" in told
     assert "dino_head: fresh, since the file has none" in told
-    assert read_config_file(tmp_path / "run" / "config.yaml")["model"]["layer_norm_eps"] == 1e-5
+    assert read_yaml(tmp_path / "run" / "config.yaml")["model"]["layer_norm_eps"] == 1e-5
     encoder = load_encoder(tmp_path / "run" / "encoder")
     assert encoder.architecture["layer_norm_eps"] == 1e-5
     assert torch.equal(encoder.blocks[0].attn.qkv.weight, load_encoder(weights).blocks[0].attn.qkv.weight)
@@ -270,7 +270,7 @@ def test_a_run_takes_over_the_eps_of_public_weights_records_it_and_resumes_witho
     second = arguments(store, tmp_path / "second", "--init-from", str(tmp_path / "run"), "--iterations", "1")
     assert main([*second, "--optimizer.base-lr", "0", "--optimizer.min-lr", "0"]) == 0
     assert "encoder and heads" in capsys.readouterr().out
-    assert read_config_file(tmp_path / "second" / "config.yaml")["model"]["layer_norm_eps"] == 1e-5
+    assert read_yaml(tmp_path / "second" / "config.yaml")["model"]["layer_norm_eps"] == 1e-5
     first, later = (load_newest_checkpoint(tmp_path / name) for name in ("run", "second"))
     assert first is not None and later is not None
     for name, tensor in first.state["teacher"].items():
@@ -281,7 +281,7 @@ def test_a_run_takes_over_the_eps_of_public_weights_records_it_and_resumes_witho
 def test_a_run_of_other_settings_is_refused_and_a_centre_that_it_lacks_starts_from_zeros(store: Path, tmp_path: Path):
     run = tmp_path / "run"
     assert main(arguments(store, run, "--iterations", "1")) == 0
-    model = read_config_file(run / "config.yaml")["model"]
+    model = read_yaml(run / "config.yaml")["model"]
     student = build_student(**{**model, "num_prototypes": 7}, seed=1)
     with pytest.raises(ValueError, match=r"do not fit, first dino_head.last_layer.weight: found \(128, 32\)"):
         start_from(student, build_teacher(student), run)
