@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from braindino.command_line import EXIT_DONE, EXIT_USAGE
+from braindino.command_line import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE
 
 
 class Verb(NamedTuple):
@@ -65,7 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     # Programs that name themselves in their usage line should name the verb.
     sys.argv = [f"braindino {verb}", *rest]
-    return importlib.import_module(VERBS[verb].module).main(rest)
+    try:
+        module = importlib.import_module(VERBS[verb].module)
+    except KeyboardInterrupt:  # libraries take seconds to load
+        print(f"braindino {verb}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return module.main(rest)
 
 
 def _usage() -> str:

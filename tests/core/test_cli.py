@@ -41,6 +41,17 @@ def test_the_door_lists_its_verbs_and_refuses_others(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.strip() == __version__
 
 
+def test_ctrl_c_while_libraries_load_is_a_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["evaluate"]) == 130
+    assert capsys.readouterr().err == "braindino evaluate: interrupted\n"
+
+
 def test_the_doctor_names_machine_tools_and_plugin(capsys: pytest.CaptureFixture) -> None:
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
