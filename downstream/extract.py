@@ -10,6 +10,7 @@ import torch
 import tyro
 
 from braindino.command_line import GOES_ON, command_line
+from braindino.devices import choose_devices
 from braindino.downstream.config import ExtractConfig
 from braindino.downstream.extraction import (
     Work,
@@ -47,7 +48,7 @@ def _run(config: ExtractConfig) -> int:
     part = f"part-{config.part}-of-{config.of}" if config.part is not None else ""
     if part:
         scans = [scan for scan in scans if part_of(scan.scan_id, config.of or 1) == config.part]
-    devices = _devices(config.device)
+    devices = choose_devices(config.device)
     options = parse_options(config.options)
     # With several GPUs each process loads its own; here only the identity is wanted.
     encoder = load_volume_encoder(config.encoder, device=devices[0] if len(devices) == 1 else "cpu", **options)
@@ -102,26 +103,6 @@ def _run(config: ExtractConfig) -> int:
     for scan in quarantined:
         print(f"quarantined: {scan.path}: {scan.reason}", file=sys.stderr)
     return 3 if quarantined else 0
-
-
-def _devices(name: str) -> list[str]:
-    """One, or all GPUs.
-
-    Raises:
-        ValueError: a GPU was asked for that PyTorch does not see, or something else.
-    """
-    if name not in ("auto", "cpu", "cuda") and not (name.startswith("cuda:") and name[5:].isdigit()):
-        raise ValueError(f"--device: found {name!r}; expected auto, cpu, cuda, or one GPU such as cuda:1")
-    found = torch.cuda.device_count() if name != "cpu" else 0
-    gpus = [f"cuda:{number}" for number in range(found)]
-    if name == "cpu" or (name == "auto" and not gpus):
-        return ["cpu"]
-    if name in ("auto", "cuda") and gpus:
-        return gpus
-    if name not in gpus:
-        seen = f"only {', '.join(gpus)}" if gpus else "no GPU"
-        raise ValueError(f"--device {name}: PyTorch finds {seen} here; use --device cpu, or see `braindino doctor`")
-    return [name]
 
 
 def _jobs_per_gpu(num_gpus: int) -> int:

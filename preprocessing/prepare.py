@@ -137,32 +137,23 @@ def _preparers(options: PrepareOptions) -> list[ScanPreparer]:
         mirroring=options.mirroring,
         accepted=_read_accepted(options.accept) if options.accept is not None else frozenset(),
     )
-    num_gpus = _num_gpus(options)
-    jobs = options.num_jobs(num_gpus)
+    devices = _devices(options)
+    jobs = options.num_jobs(0 if devices == ["cpu"] else len(devices))
     # This very process is left as it is: its threads are not only ours.
     threads = max(1, (os.cpu_count() or 1) // jobs) if jobs else 0
     return [
-        ScanPreparer(
-            options.out, settings, device=f"cuda:{number % num_gpus}" if num_gpus else "cpu", num_threads=threads
-        )
+        ScanPreparer(options.out, settings, device=devices[number % len(devices)], num_threads=threads)
         for number in range(max(1, jobs))
     ]
 
 
-def _num_gpus(options: PrepareOptions) -> int:
-    """GPUs to strip on.
-
-    Raises:
-        ValueError: a GPU was asked for and there is none.
-    """
+def _devices(options: PrepareOptions) -> list[str]:
+    """Where scans are stripped: on the CPU, or on all GPUs."""
     if options.device == "cpu" or options.skull_strip == "none":
-        return 0
-    import torch
+        return ["cpu"]
+    from braindino.devices import choose_devices  # here: it loads torch, which nothing else in this process needs
 
-    found = torch.cuda.device_count()
-    if not found and options.device == "cuda":
-        raise ValueError("--device cuda: PyTorch finds no GPU here; use --device cpu, or see `braindino doctor`")
-    return found
+    return choose_devices(options.device)
 
 
 def _read_accepted(path: Path) -> frozenset[str]:
