@@ -75,7 +75,7 @@ def simulate_cohort(
         template = load_template()
         subjects = [
             draw_subject(seed, index, protocols=protocols, tumor_sites=template.tumor_sites)
-            for index in range(num_subjects)
+            for index in track(range(num_subjects), desc="subjects")
         ]
         described = bids.cohort_files(subjects, seed=seed, num_sites=len(protocols), version=braindino.__version__)
         for path, content in described.items():

@@ -55,23 +55,20 @@ def test_ctrl_c_says_how_to_go_on(capsys) -> None:
     assert capsys.readouterr().err == "braindino try: interrupted; run it again\nbraindino try: interrupted\n"
 
 
-def test_ctrl_c_ends_a_program_that_is_at_work_without_a_traceback(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "braindino.cli",
-        "simulate",
-        "--out",
-        str(tmp_path / "cohort"),
-        "--subjects",
-        "999",
-    ]
+def test_ctrl_c_ends_a_program_that_is_at_work_without_a_traceback(tmp_path: Path, hears_ctrl_c) -> None:
+    out = tmp_path / "cohort"
+    command = [sys.executable, "-m", "braindino.cli", "simulate", "--out", str(out), "--subjects", "24"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     end = time.monotonic() + 60
-    while not list(tmp_path.rglob("*.nii.gz")) and running.poll() is None and time.monotonic() < end:
+    while not list(out.rglob("*.nii.gz")) and running.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     os.killpg(running.pid, signal.SIGINT)
     _, errors = running.communicate(timeout=60)

@@ -269,16 +269,9 @@ def test_the_page_names_no_other_address() -> None:
         assert not re.search(r"\bon[a-z]+=\"|style=\"|<script>", text), f"{name}: forbidden by the policy"
 
 
-def test_ctrl_c_ends_the_viewer_with_0(phantom) -> None:
+def test_ctrl_c_ends_the_viewer_with_0(phantom, hears_ctrl_c) -> None:
     command = [sys.executable, "-m", "braindino.cli", "view", str(phantom.scan), "--no-browser"]
-
-    # A shell's background jobs are started deaf to Ctrl-C, and what they start inherits that.
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, heard)
-    with process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         port = int(re.fullmatch(r"view: http://127\.0\.0\.1:(\d+)/#[\w-]{43}\n", line)[1])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
