@@ -1,11 +1,8 @@
 """``braindino verify``: is every byte of a slice store still what was written?"""
 
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from braindino.child_process import end_with_parent
 from braindino.command_line import command_line
+from braindino.process_map import map_in_processes
 from braindino.progress import track
 from braindino.slice_store import Problem, SliceStore, StoreError, check_scan_file, scan_files
 
@@ -64,7 +61,7 @@ class Verification:
     notes: list[str] = field(default_factory=list)
 
 
-@command_line("verify", errors=(BrokenProcessPool,))
+@command_line("verify")
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the store is sound, 1 when it is damaged or none."""
     options = tyro.cli(VerifyOptions, args=argv, prog="braindino verify")
@@ -126,12 +123,8 @@ def _over_processes(check: Callable[[Sequence], list[Problem]], items: Sequence,
     batches = [items[start : start + SCANS_PER_BATCH] for start in range(0, len(items), SCANS_PER_BATCH)]
     if jobs == 1 or len(batches) < 2:
         return [problem for item in track(items, desc="verify: scans") for problem in check([item])]
-    # Started afresh: a fork would copy whatever threads hold at that moment.
-    with ProcessPoolExecutor(
-        min(jobs, len(batches)), multiprocessing.get_context("spawn"), initializer=end_with_parent
-    ) as pool:
-        found = track(pool.map(check, batches), total=len(batches), desc=f"verify: {SCANS_PER_BATCH} scans each")
-        return [problem for problems in found for problem in problems]
+    found = map_in_processes(check, batches, jobs=jobs, desc=f"scans, by {SCANS_PER_BATCH}")
+    return [problem for problems in found for problem in problems]
 
 
 def _check_rows(rows: Sequence[int], *, store: SliceStore, deep: bool) -> list[Problem]:

@@ -33,7 +33,7 @@ from braindino.provenance import code_commit, versions
 
 @command_line("evaluate", interrupted="finished trainings of --finetune are kept")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when the results are written, 1 on an error, 130 on Ctrl-C."""
+    """Exit code 0 when the results are written, 1 on an error."""
     config = tyro.cli(EvaluateConfig, args=argv, prog="braindino evaluate")
     _run(config, command=["braindino", "evaluate", *(sys.argv[1:] if argv is None else argv)])
     return 0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 import tyro
 
-from braindino.command_line import GOES_ON, command_line
+from braindino.command_line import EXIT_DONE, EXIT_PARTIAL, GOES_ON, command_line
 from braindino.devices import choose_devices
 from braindino.downstream.config import ExtractConfig
 from braindino.downstream.extraction import (
@@ -34,7 +34,7 @@ MAX_JOBS = 16
 
 @command_line("extract", interrupted=GOES_ON)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when every done scan has features, 3 when some could not be used, 1 on an error, 130 on Ctrl-C."""
+    """Exit code 0 when every done scan has features, 3 when some could not be used, 1 on an error."""
     try:
         return _run(tyro.cli(ExtractConfig, args=argv, prog="braindino extract"))
     except torch.OutOfMemoryError as error:
@@ -102,7 +102,7 @@ def _run(config: ExtractConfig) -> int:
         print(f"part {config.part} of {config.of}; when all are done, run once more without --part and --of")
     for scan in quarantined:
         print(f"quarantined: {scan.path}: {scan.reason}", file=sys.stderr)
-    return 3 if quarantined else 0
+    return EXIT_PARTIAL if quarantined else EXIT_DONE
 
 
 def _jobs_per_gpu(num_gpus: int) -> int:

@@ -58,7 +58,7 @@ TABLES = (CKA_FILE, SPREAD_FILE, COHORT_SHARE_FILE, NEIGHBOURS_FILE)
 
 @command_line("represent")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when the tables are written, 1 on an error, 130 on Ctrl-C."""
+    """Exit code 0 when the tables are written, 1 on an error."""
     config = tyro.cli(RepresentConfig, args=argv, prog="braindino represent")
     _run(config, command=["braindino", "represent", *(sys.argv[1:] if argv is None else argv)])
     return 0

@@ -53,7 +53,7 @@ class Perturbed:
 
 @command_line("robustness", interrupted="nothing was written")
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when the results are written, 1 on an error, 130 on Ctrl-C."""
+    """Exit code 0 when the results are written, 1 on an error."""
     config = tyro.cli(RobustnessConfig, args=argv, prog="braindino robustness")
     _run(config, command=["braindino", "robustness", *(sys.argv[1:] if argv is None else argv)])
     return 0

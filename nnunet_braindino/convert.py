@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from braindino.command_line import EXIT_DONE, EXIT_PARTIAL
 from braindino.leakage import exposure_of_encoder, read_exposure
 from braindino.manifest import SEQUENCES
 from braindino.splits import read_subjects
@@ -84,7 +85,7 @@ def run_conversion(
         write_overlap(written.folder, model=model, stamp=stamp)
         print(f"pretraining overlap with {model}: {stamp}")
     print(f"next: nnUNetv2_plan_and_preprocess -d {options.dataset_id} -c 2d")
-    return 3 if written.left_out else 0
+    return EXIT_PARTIAL if written.left_out else EXIT_DONE
 
 
 def find_bids_cases(bids_dir: Path, *, cohort: str, sequences: Sequence[str] = SEQUENCES) -> Found:

@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from braindino.process_map import map_in_processes
 from braindino.resampling import draw_subjects, holm, percentile_interval
 from braindino.segmentation_scores import Comparison, RegionSummary, SegmentationScores
 from braindino.volume import Volume, load_labels, load_volume
-from nnunet_braindino.case_pool import map_cases
 from nnunet_braindino.folds import leaks_of_dataset
 from nnunet_braindino.paired_tests import bootstrap_means, paired_test
 from nnunet_braindino.predictions import PredictionSet, Regions, label_ratio
@@ -87,7 +87,7 @@ def score_predictions(
         images=images,
         rules=rules,
     )
-    rows = list(map_cases(score, cases, jobs=jobs, desc="score"))
+    rows = list(map_in_processes(score, cases, jobs=jobs, desc="score"))
     subjects = [subject_of.get(case, case) for case in cases]
     draws = draw_subjects(subjects)
     leaks = leaks_of_dataset(sets[0].references.parent, cases, subject_of)

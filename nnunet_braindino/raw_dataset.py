@@ -22,9 +22,9 @@ import numpy as np
 
 from braindino.atomic import write_json
 from braindino.lock import lock_folder
+from braindino.process_map import map_in_processes
 from braindino.tables import read_table, write_table
 from braindino.volume import VolumeError, load_labels, load_volume, save_array
-from nnunet_braindino.case_pool import map_cases
 from nnunet_braindino.folds import Split
 
 RAW_VARIABLE = "nnUNet_raw"
@@ -157,7 +157,7 @@ def write_dataset(
             # A folder with a dataset.json is a finished one.
             (folder / "dataset.json").unlink(missing_ok=True)
         outputs = [_outputs(case, folder, part_of[case.name]) for case in todo]
-        rows = map_cases(partial(_convert_case, form=form), todo, outputs, jobs=jobs, desc="convert")
+        rows = map_in_processes(partial(_convert_case, form=form), todo, outputs, jobs=jobs, desc="convert")
         failed = {row.name: row for row in rows if row is not None}
         left_out = sorted([*found.left_out, *failed.values()])
         done = [case for case in found.cases if case.name not in failed]

@@ -297,6 +297,7 @@ def load_cohort(name_or_path: str) -> CohortRow:
 
     Raises:
         ValueError: no such row (names the close ones) or file, or the file is not of the form; names file and key.
+        OSError: the file cannot be read.
     """
     if "/" in name_or_path or name_or_path.lower().endswith((".yaml", ".yml")):
         path = Path(name_or_path).expanduser()

@@ -60,12 +60,7 @@ def test_ctrl_c_ends_a_program_that_is_at_work_without_a_traceback(tmp_path: Pat
     command = [sys.executable, "-m", "braindino.cli", "simulate", "--out", str(out), "--subjects", "24"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     end = time.monotonic() + 60
     while not list(out.rglob("*.nii.gz")) and running.poll() is None and time.monotonic() < end:

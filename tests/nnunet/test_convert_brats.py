@@ -10,11 +10,11 @@ import pytest
 from braindino import cli as front_door
 from braindino.leakage import Exposure, write_exposure
 from braindino.manifest import Scan
+from braindino.process_map import map_in_processes
 from braindino.tables import read_table
 from braindino.volume import load_labels, load_volume, save_array
 from nnunet_braindino import convert_brats, raw_dataset
 from nnunet_braindino.brats_releases import RELEASES, Release
-from nnunet_braindino.case_pool import map_cases
 from nnunet_braindino.folds import leaking_subjects, paper_folds
 
 SHAPE = (8, 10, 6)
@@ -328,7 +328,7 @@ def test_a_run_that_was_stopped_leaves_whole_files_and_is_finished_by_the_next(
 @pytest.mark.fault
 def test_a_process_that_dies_ends_the_run_with_what_to_do():
     with pytest.raises(ValueError, match="convert: a process died, most likely for want of memory; run again with"):
-        list(map_cases(os._exit, [9, 9], jobs=2, desc="convert"))
+        list(map_in_processes(os._exit, [9, 9], jobs=2, desc="convert"))
 
 
 def test_links_to_folders_are_followed_and_no_folder_is_walked_twice(tmp_path: Path, raw: Path):

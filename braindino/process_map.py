@@ -1,4 +1,4 @@
-"""Work on many cases in one or several processes, with progress."""
+"""Work on many items in one or several processes, with progress."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +12,12 @@ from braindino.progress import track
 Result = TypeVar("Result")
 
 
-def map_cases(work: Callable[..., Result], *arguments: Sequence[Any], jobs: int, desc: str) -> Iterator[Result]:
-    """Yield the results in the order of the cases.
+def map_in_processes(work: Callable[..., Result], *arguments: Sequence[Any], jobs: int, desc: str) -> Iterator[Result]:
+    """Yield the results in the order of the items.
 
     Args:
         work: a function that a new process can import, given one of each of ``arguments``.
-        arguments: sequences of equal length, an item for every case.
+        arguments: sequences of equal length, one of each for every result.
         jobs: processes; with 1 all is done here.
         desc: a word or two for the progress.
 
